@@ -1,0 +1,1 @@
+"""The experiments: scenarios, cells, records and reports."""
