@@ -1,0 +1,404 @@
+"""Data sets as uint8 tensors: where they come from, how they are checked and cached.
+
+Sources, in this order: the cache of tensors in the data folder, torchvision's files there (or the
+.npz files of shared/data/unpack.py), torchvision's download. What enters the cache has been compared
+with the known fingerprint of the data set once; the cache itself carries a checksum. Training and
+test data lie in files of their own, so that a run without test data never opens them.
+"""
+
+import hashlib
+import os
+import socket
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.errors import UserError
+
+Part = Literal["train", "test"]
+Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Images (N, H, W) or (N, H, W, C) and labels (N,)."""
+
+DOWNLOAD_TIMEOUT = 20.0
+"""Seconds without an answer after which a download is given up."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set in memory.
+
+    Attributes
+    ----------
+    name
+        As given to `load`.
+    train_x, train_y
+        (N, H, W) or (N, C, H, W) uint8 and (N,) int64.
+    test_x, test_y
+        Likewise; None if loaded with test=False.
+    fingerprint
+        64 hex digits that name the content, training and test data, whatever the order of the
+        images and whether or not the test data were loaded.
+    classes
+        Number of classes.
+    scale
+        The pixel value that means 1.0.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor | None
+    test_y: Tensor | None
+    fingerprint: str
+    classes: int
+    scale: float = 255.0
+
+
+def fingerprint(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> str:
+    """Hash of a set of labelled images, whatever their order.
+
+    Parameters
+    ----------
+    images
+        (N, ...) uint8.
+    labels
+        (N,) uint8.
+
+    Returns
+    -------
+    str
+        64 hex digits: the sum modulo 2**256 of the SHA-256 of each image's bytes, then its label.
+    """
+    digests = (
+        hashlib.sha256(image.tobytes() + label.tobytes()).digest()
+        for image, label in zip(images, labels.astype(np.uint8), strict=True)
+    )
+    return f"{sum(int.from_bytes(d, 'big') for d in digests) % 2**256:064x}"
+
+
+def resolve_data_dir(data_dir: Path | None = None) -> Path:
+    """The data folder: the one given, else the environment's CLNP_DATA, else ./data.
+
+    Raises
+    ------
+    UserError
+        The path is a file.
+    """
+    folder = Path(data_dir or os.environ.get("CLNP_DATA") or "data").expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the data folder {folder} is a file: name a folder with --data-dir")
+    return folder
+
+
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    device: str | torch.device = "cpu",
+    test: bool = True,
+) -> Images:
+    """Load a data set, downloading it if the data folder has none of its files.
+
+    Parameters
+    ----------
+    name
+        "mnist", "cifar10", "cifar100", or "digits" (ships inside scikit-learn; needs no folder).
+    data_dir
+        See `resolve_data_dir`.
+    device
+        Where the tensors go.
+    test
+        False: no file with test data is opened.
+
+    Raises
+    ------
+    UserError
+        Unknown name; data neither there nor to be downloaded, or damaged: the message names the
+        folder, the files and the remedy.
+    """
+    if name == "digits":
+        return _digits(device, test)
+    source = _source(name)
+    folder = resolve_data_dir(data_dir)
+    train = _tensors(*_part(source, folder, "train", download=True), device)
+    held_out = (
+        _tensors(*_part(source, folder, "test", download=True), device) if test else (None, None)
+    )
+    return Images(name, *train, *held_out, _joint(source.fingerprints.values()), source.classes)
+
+
+def prepare(names: Iterable[str], data_dir: Path | None = None, download: bool = True) -> None:
+    """Fetch, check and cache data sets, with a line of output for each.
+
+    Raises
+    ------
+    UserError
+        As `load`; or the data folder cannot be written.
+    """
+    for name in names:
+        if name == "digits":
+            print("digits: ships inside scikit-learn, nothing to do")
+            continue
+        source, folder = _source(name), resolve_data_dir(data_dir)
+        for part in source.fingerprints:
+            _part(source, folder, part, download)
+        print(f"{name}: ready in {folder}")
+
+
+# --- one part of one data set: cache, files, download ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """How to find a data set outside the cache."""
+
+    name: str
+    classes: int
+    files: str
+    fingerprints: dict[Part, str]
+    read: Callable[[Path, Part], Arrays | None]
+    """The part from files in the folder; None if they are not there."""
+    download: Callable[[Path], None]
+
+
+def _source(name: str) -> _Source:
+    if name not in _SOURCES:
+        raise UserError(
+            f"unknown data set {name!r}: choose one of {', '.join([*_SOURCES, 'digits'])}"
+        )
+    return _SOURCES[name]
+
+
+def _part(source: _Source, folder: Path, part: Part, download: bool) -> Arrays:
+    cache = folder / "tensors" / f"{source.name}-{part}.npz"
+    cached = _read_cache(cache, source.fingerprints[part])
+    if cached is not None:
+        return cached
+    arrays = _read(source, folder, part)
+    if arrays is None and download:
+        _download(source, folder)
+        arrays = _read(source, folder, part)
+    if arrays is None:
+        raise _missing(source, folder, "")
+    found, expected = fingerprint(*arrays), source.fingerprints[part]
+    if found != expected:
+        raise UserError(
+            f"the {part} images of {source.name} in {folder} are not the original ones: their "
+            f"fingerprint is {found}, it should be {expected}. Delete {source.files} there and run "
+            f"`nox -s prepare`."
+        )
+    _write_cache(cache, arrays, found)
+    return arrays
+
+
+def _read(source: _Source, folder: Path, part: Part) -> Arrays | None:
+    try:
+        return source.read(folder, part)
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"the {part} data of {source.name} in {folder} cannot be read ({error}). Delete "
+            f"{source.files} there and run `nox -s prepare`."
+        ) from error
+
+
+def _missing(source: _Source, folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"{source.name} is not in {folder} (looked for {source.files}){reason}. Run "
+        f"`nox -s prepare` on a machine with network access, or name the folder that has these "
+        f"files with --data-dir or CLNP_DATA."
+    )
+
+
+def _download(source: _Source, folder: Path) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        source.download(folder)
+    except (OSError, RuntimeError) as error:
+        raise _missing(source, folder, f" and the download failed: {error}") from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def _checksum(images: NDArray[np.uint8], labels: NDArray[np.uint8], content: str) -> str:
+    digest = hashlib.sha256(f"{images.shape} {labels.shape} {content}".encode())
+    digest.update(images)
+    digest.update(labels)
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, expected: str) -> Arrays | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+            content, checksum = str(file["fingerprint"]), str(file["checksum"])
+        if content == expected and checksum == _checksum(images, labels, content):
+            return images, labels
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    warnings.warn(f"the cached data in {path} are damaged; building them anew", stacklevel=2)
+    return None
+
+
+def _write_cache(path: Path, arrays: Arrays, content: str) -> None:
+    images, labels = arrays
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                images=images,
+                labels=labels,
+                fingerprint=np.array(content),
+                checksum=np.array(_checksum(images, labels, content)),
+            )
+        temporary.replace(path)
+    except OSError as error:
+        with _ignored_os_errors():
+            temporary.unlink(missing_ok=True)
+        warnings.warn(
+            f"no cache of the data: {path} cannot be written ({error}); loading goes on without it",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _ignored_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        pass
+
+
+# --- the sources ----------------------------------------------------------------------------------
+
+
+def _tensors(
+    images: NDArray[np.uint8], labels: NDArray[np.uint8], device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    """Images (N, H, W) or (N, C, H, W), labels (N,)."""
+    x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+    return (x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x), y
+
+
+def _joint(parts: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _digits(device: str | torch.device, test: bool) -> Images:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    x, y = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
+    train_x, test_x, train_y, test_y = train_test_split(
+        x, y, test_size=360, random_state=0, stratify=y
+    )
+    content = _joint([fingerprint(train_x, train_y), fingerprint(test_x, test_y)])
+    held_out = _tensors(test_x, test_y, device) if test else (None, None)
+    return Images(
+        "digits", *_tensors(train_x, train_y, device), *held_out, content, classes=10, scale=16.0
+    )
+
+
+def _read_mnist(folder: Path, part: Part) -> Arrays | None:
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    stem = {"train": "train", "test": "t10k"}[part]
+    images = folder / "MNIST" / "raw" / f"{stem}-images-idx3-ubyte"
+    labels = folder / "MNIST" / "raw" / f"{stem}-labels-idx1-ubyte"
+    if not (images.exists() and labels.exists()):
+        return None
+    return read_image_file(str(images)).numpy(), read_label_file(str(labels)).numpy().astype(
+        np.uint8
+    )
+
+
+def _download_mnist(folder: Path) -> None:
+    from torchvision.datasets import MNIST
+
+    MNIST(str(folder), download=True)
+
+
+def _cifar_reader(name: str) -> Callable[[Path, Part], Arrays | None]:
+    def read(folder: Path, part: Part) -> Arrays | None:
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        packed = folder / f"{name}.npz"
+        if packed.exists():
+            with np.load(packed, allow_pickle=False) as file:
+                images, labels = file[f"{part}_images"], file[f"{part}_labels"]
+        else:
+            base = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+            if not (folder / base.base_folder).is_dir():
+                return None
+            # torchvision checks the MD5 of the files in both lists: leave the other part closed.
+            other = "test_list" if part == "train" else "train_list"
+            alone = type(base.__name__, (base,), {other: []})
+            data = alone(str(folder), train=part == "train")
+            images, labels = data.data, np.array(data.targets, dtype=np.uint8)
+        return images, labels
+
+    return read
+
+
+def _cifar_downloader(name: str) -> Callable[[Path], None]:
+    def download(folder: Path) -> None:
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        {"cifar10": CIFAR10, "cifar100": CIFAR100}[name](str(folder), download=True)
+
+    return download
+
+
+# Of images (N, H, W) or (N, H, W, C), as computed from the original files.
+_SOURCES = {
+    "mnist": _Source(
+        "mnist",
+        10,
+        "MNIST/raw/*-ubyte",
+        {
+            "train": "3bafe639115ada3a4f6ea1b0e57c9dbb1f0c9a3254eec392fcafb4623efa5f5c",
+            "test": "09035d9cd0383aa0d10d2029dce798b0baeb785bdcc429c7b578d760f7b08da1",
+        },
+        _read_mnist,
+        _download_mnist,
+    ),
+    "cifar10": _Source(
+        "cifar10",
+        10,
+        "cifar10.npz or cifar-10-batches-py",
+        {
+            "train": "55c8a3bce23874fd5871719a30be30ce1b1f86e2f74afbc9cc19d1252b74adde",
+            "test": "7d79e752791e1a3f8555c99847bcbd1210edb70997e4519cd59bb1741e4f6ee7",
+        },
+        _cifar_reader("cifar10"),
+        _cifar_downloader("cifar10"),
+    ),
+    "cifar100": _Source(
+        "cifar100",
+        100,
+        "cifar100.npz or cifar-100-python",
+        {
+            "train": "efa2ffd1e492bc12b53c1302221f5aaf15fb60ad7bb8d66ee7c5dac516f16ea6",
+            "test": "9ff320adba2eff784a925ee14cedcb3c9e794b65fe14bfc161f01ed591fea59e",
+        },
+        _cifar_reader("cifar100"),
+        _cifar_downloader("cifar100"),
+    ),
+}

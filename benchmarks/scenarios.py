@@ -1,0 +1,336 @@
+"""Continual-learning scenarios over data that stays on the device.
+
+One uint8 copy of the images serves all tasks and streams. An experience's `dataset` is a real
+AvalancheDataset, so replay, class timelines and other plugins work as ever; but as long as a
+strategy trains on one task's data (or a subset of it), `ResidentData` hands out batches gathered
+by index on the device, which costs a small fraction of a stock loader (shared/avalanche.md, "The
+data path").
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
+from avalanche.benchmarks.scenarios import with_task_labels
+from avalanche.benchmarks.utils import AvalancheDataset, ConstantSequence, DataAttribute
+from avalanche.benchmarks.utils.classification_dataset import (
+    TaskAwareSupervisedClassificationDataset,
+)
+from avalanche.benchmarks.utils.flat_data import FlatData
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from benchmarks.data import Images
+from benchmarks.errors import UserError
+
+Precision = Literal["fp32", "bf16"]
+
+
+class _Purpose(IntEnum):
+    """What a generator is for, so that one seed gives independent streams of numbers."""
+
+    SPLIT = 0
+    PERMUTATION = 1
+    ORDER = 2
+
+
+def _generator(seed: int, purpose: _Purpose, index: int = 0) -> torch.Generator:
+    sequence = np.random.SeedSequence(seed, spawn_key=(purpose, index))
+    state = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(state)
+
+
+class ResidentDataset(Dataset[tuple[Tensor, int]]):
+    """One task's view on images that all tasks share.
+
+    Parameters
+    ----------
+    images
+        (N, ...) uint8, on the device that trains; never copied.
+    targets
+        (N,) int64 class labels, on the same device.
+    task
+        The task label of every sample.
+    permutation
+        (D,) int64, on the same device: where each of the D pixels of the flattened input comes
+        from. None: images keep their shape and order.
+    scale
+        The pixel value that becomes 1.0.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        task: int,
+        permutation: Tensor | None = None,
+        scale: float = 255.0,
+    ) -> None:
+        self.images = images
+        self.targets = targets
+        self.task = task
+        self.permutation = permutation
+        self.scale = scale
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One sample for a stock loader, on the CPU, where pinning and worker processes need it."""
+        x, y, _ = self.batch(torch.tensor([index], device=self.images.device))
+        return x[0].cpu(), int(y)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather samples on the device, without synchronising with it.
+
+        Parameters
+        ----------
+        indices
+            (B,) int64 on the images' device.
+
+        Returns
+        -------
+        tuple of Tensor
+            x (B, D) or (B, ...) float32 in [0, 1], y (B,) int64, task labels (B,) int64.
+        """
+        x = self.images.index_select(0, indices).float().div_(self.scale)
+        if self.permutation is not None:
+            # Columns of float32: on a CPU twice as fast as columns of uint8.
+            x = x.flatten(1).index_select(1, self.permutation)
+        y = self.targets.index_select(0, indices)
+        return x, y, torch.full_like(y, self.task)
+
+
+class ResidentLoader:
+    """Batches of a resident data set, gathered by index.
+
+    Parameters
+    ----------
+    dataset
+        The task's data.
+    indices
+        (M,) int64, the samples to serve; None for all.
+    batch_size
+        Samples in a batch; the last one may be smaller.
+    generator
+        A CPU generator that draws a new order each time the loader is iterated; None keeps the
+        order of `indices`.
+    drop_last
+        Leave out a smaller last batch.
+    """
+
+    def __init__(
+        self,
+        dataset: ResidentDataset,
+        indices: Tensor | None,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        device = dataset.images.device
+        self.dataset = dataset
+        self.indices = (
+            torch.arange(len(dataset), device=device) if indices is None else indices.to(device)
+        )
+        self.batch_size = batch_size
+        self.generator = generator
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.indices), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        order = self.indices
+        if self.generator is not None:
+            shuffle = torch.randperm(len(order), generator=self.generator)
+            order = order[shuffle.to(order.device, non_blocking=True)]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            # A list, as from Avalanche's collate: strategies write into it.
+            yield list(self.dataset.batch(order[start : start + self.batch_size]))
+
+
+def resident_view(
+    dataset: AvalancheDataset[Any],
+) -> tuple[ResidentDataset, Tensor | None] | None:
+    """The resident data set and the indices through which `dataset` sees it.
+
+    Returns
+    -------
+    tuple or None
+        The one ResidentDataset under `dataset` and a (M,) int64 CPU tensor of indices (None for
+        all samples in order); None if `dataset` is anything else: several data sets joined,
+        transformed samples, other task labels, further values in a sample, an own collate
+        function.
+    """
+    if len(dataset) == 0 or dataset.collate_fn is not default_collate:
+        return None
+    in_sample = [a for a in dataset._data_attributes.values() if a.use_in_getitem]
+    if [a.name for a in in_sample] != ["targets_task_labels"]:
+        return None
+    indices: Tensor | None = None
+    node: Any = dataset._flat_data
+    while isinstance(node, FlatData):
+        if len(node._datasets) != 1 or _transforms(node):
+            return None
+        if node._indices is not None:
+            own = torch.tensor(list(node._indices), dtype=torch.int64)
+            indices = own if indices is None else own[indices]
+        node = node._datasets[0]
+    if not isinstance(node, ResidentDataset) or in_sample[0].uniques != {node.task}:
+        return None
+    return node, indices
+
+
+def _transforms(node: FlatData[Any]) -> bool:
+    groups = [
+        getattr(node, name, None) for name in ("_transform_groups", "_frozen_transform_groups")
+    ]
+    return any(t is not None for g in groups if g for t in g.transform_groups.values())
+
+
+class ResidentData(SupervisedTemplate):  # type: ignore[misc]
+    """Strategy mixin that serves resident data by index: `class Fast(ResidentData, Naive)`.
+
+    What a strategy trains or evaluates on is `adapted_dataset`. If that is one ResidentDataset or a
+    subset of it, batches are gathered on the device; if a strategy or a plugin changed it
+    (cumulative training, replay, transforms), Avalanche's stock loader serves it.
+
+    Parameters
+    ----------
+    data_seed
+        Seed of the order of the training data. The order of an experience depends on this and the
+        experience's index alone, whatever ran before.
+    precision
+        "fp32", or "bf16": the forward pass runs under autocast to bfloat16 and gives float32
+        logits; parameters, gradients and the loss stay float32.
+    **kwargs
+        All else goes to the strategy.
+
+    Raises
+    ------
+    UserError
+        Unknown precision.
+    """
+
+    def __init__(self, *, data_seed: int = 0, precision: Precision = "fp32", **kwargs: Any) -> None:
+        if precision not in get_args(Precision):
+            raise UserError(f"precision {precision!r} is unknown: choose one of fp32, bf16")
+        self.data_seed = data_seed
+        self.precision = precision
+        super().__init__(**kwargs)
+
+    def make_train_dataloader(
+        self, shuffle: bool = True, drop_last: bool = False, **kwargs: Any
+    ) -> None:
+        """Serve `adapted_dataset` by index where possible, else by the stock loader."""
+        view = resident_view(self.adapted_dataset)
+        if view is None:
+            super().make_train_dataloader(shuffle=shuffle, drop_last=drop_last, **kwargs)
+            return
+        generator = self._order_generator() if shuffle else None
+        self.dataloader = ResidentLoader(*view, self.train_mb_size, generator, drop_last)
+
+    def make_eval_dataloader(self, **kwargs: Any) -> None:
+        """Serve `adapted_dataset` in its own order, by index where possible."""
+        view = resident_view(self.adapted_dataset)
+        if view is None:
+            super().make_eval_dataloader(**kwargs)
+            return
+        self.dataloader = ResidentLoader(*view, self.eval_mb_size)
+
+    def forward(self) -> Any:
+        """The model's output for the current batch, float32 at either precision."""
+        if self.precision == "fp32":
+            return super().forward()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return super().forward().float()
+
+    def _order_generator(self) -> torch.Generator:
+        # logging(): the index of an experience in train mode is masked.
+        index = self.experience.logging().current_experience
+        return _generator(self.data_seed, _Purpose.ORDER, index)
+
+    def _obtain_common_dataloader_parameters(self, **kwargs: Any) -> dict[str, Any]:
+        # The stock loader draws from the global generator unless it is given one.
+        parameters = super()._obtain_common_dataloader_parameters(**kwargs)
+        return {"generator": self._order_generator(), **parameters}
+
+
+def permuted(images: Images, tasks: int, seed: int, validation: int) -> CLScenario:
+    """Permuted images: each task sees the same images with its own random order of the pixels.
+
+    All tasks are permuted, the first one too (protocol: ten random permutations). The split into
+    training and validation images is drawn once and is the same for each task.
+
+    Parameters
+    ----------
+    images
+        The data set, on the device that trains.
+    tasks
+        Number T of tasks; task labels and experience indices are 0, ..., T-1.
+    seed
+        Of the split and the permutations. The permutation of a task depends on it and the task's
+        index alone.
+    validation
+        Number of training images held out; 0 for none (then there is no valid stream).
+
+    Returns
+    -------
+    CLScenario
+        Streams train, valid and test (no test stream if the images were loaded without test data).
+        Inputs are (D,) float32 in [0, 1].
+
+    Raises
+    ------
+    UserError
+        Fewer than one task, or a validation part that leaves no training images.
+    """
+    available = len(images.train_x)
+    if tasks < 1:
+        raise UserError(f"{tasks} tasks: a scenario needs at least one")
+    if not 0 <= validation < available:
+        raise UserError(
+            f"validation = {validation}, but {images.name} has {available} training images: "
+            f"choose from 0 to {available - 1}"
+        )
+    shuffled = torch.randperm(available, generator=_generator(seed, _Purpose.SPLIT))
+    parts = {"train": (images.train_x, images.train_y, shuffled[validation:])}
+    if validation:
+        parts["valid"] = (images.train_x, images.train_y, shuffled[:validation])
+    if images.test_x is not None and images.test_y is not None:
+        parts["test"] = (images.test_x, images.test_y, torch.arange(len(images.test_x)))
+
+    device = images.train_x.device
+    pixels = images.train_x[0].numel()
+    orders = [
+        torch.randperm(pixels, generator=_generator(seed, _Purpose.PERMUTATION, task)).to(device)
+        for task in range(tasks)
+    ]
+    streams = {
+        name: [
+            _task(ResidentDataset(x, y, task, order, images.scale), labels, chosen)
+            for task, order in enumerate(orders)
+        ]
+        for name, (x, y, samples) in parts.items()
+        for labels, chosen in [(y.tolist(), sorted(samples.tolist()))]
+    }
+    return with_classes_timeline(with_task_labels(benchmark_from_datasets(**streams)))
+
+
+def _task(
+    data: ResidentDataset, labels: Sequence[int], indices: list[int]
+) -> AvalancheDataset[Any]:
+    attributes = [
+        DataAttribute(labels, "targets"),
+        DataAttribute(
+            ConstantSequence(data.task, len(data)), "targets_task_labels", use_in_getitem=True
+        ),
+    ]
+    return TaskAwareSupervisedClassificationDataset(
+        [data], indices=indices, data_attributes=attributes
+    )
