@@ -1,0 +1,369 @@
+"""A cell: one experiment, method and seed. It trains, evaluates, and returns a record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+
+from benchmarks import records
+from benchmarks.experiment import Experiment, canonical, changed, derive, digest
+from benchmarks.methods import Learner, Method, Settings, Setup
+
+if TYPE_CHECKING:
+    from benchmarks.data import Images
+
+Listener = Callable[[dict[str, Any]], None]
+Matrix = list[list[float | None]]
+
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment, method and seed on known data; its hash names what can change its result."""
+
+    experiment: Experiment
+    method: Method[Any]
+    seed: int
+    fingerprint: str
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The method's settings in this experiment."""
+        settings: Settings = self.method.settings_for(self.experiment)
+        return settings
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of everything that can change the result.
+
+        Of fields with a default only those with another value count, so that a new field leaves
+        the names of old cells alone. Paths, devices and W&B do not count.
+        """
+        return digest(
+            {
+                "experiment": {"preset": self.experiment.preset, **changed(self.experiment)},
+                "method": self.method.name,
+                "revision": self.method.revision,
+                "settings": changed(self.settings),
+                "seed": self.seed,
+                "data": {self.experiment.dataset: self.fingerprint},
+            }
+        )
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Every setting, as JSON values."""
+        config: dict[str, Any] = json.loads(
+            canonical(
+                {
+                    "experiment": self.experiment.config(),
+                    "method": asdict(self.settings),
+                    "revision": self.method.revision,
+                    "data": {self.experiment.dataset: self.fingerprint},
+                }
+            )
+        )
+        return config
+
+    @property
+    def name(self) -> str:
+        """For people, such as ``pmnist clnp seed 0``."""
+        return f"{self.experiment.name} {self.method.name} seed {self.seed}"
+
+    def record_path(self, folder: Path) -> Path:
+        """Where the record belongs."""
+        return records.path_of(folder, self.experiment.name, self.method.name, self.seed, self.hash)
+
+    def run_dir(self, folder: Path) -> Path:
+        """Where the resume state and the logs belong."""
+        return self.record_path(folder).with_suffix("")
+
+
+class Monitor(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyped
+    """Announce each epoch: mean training loss, and the validation accuracy if it is measured.
+
+    The loss is summed on its device and read once an epoch, so that no step waits for it.
+
+    Raises
+    ------
+    FloatingPointError
+        At the end of the epoch in which the loss was no longer finite.
+    """
+
+    def __init__(self, announce: Listener) -> None:
+        super().__init__()
+        self.announce = announce
+        self.learner: Learner | None = None
+        self._sum: torch.Tensor | float = 0.0
+        self._steps = 0
+        self._started = 0.0
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Begin a new sum."""
+        self._sum, self._steps, self._started = 0.0, 0, time.perf_counter()
+
+    def after_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Add the loss of the batch."""
+        self._sum = self._sum + strategy.loss.detach()
+        self._steps += 1
+
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Tell the epoch's values."""
+        # logging(): an experience in training hides its index.
+        task = strategy.experience.logging().current_experience
+        epoch = strategy.clock.train_exp_epochs
+        loss = float(self._sum) / max(self._steps, 1)
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(f"The loss is {loss} in task {task}, epoch {epoch}.")
+        measured = self.learner.validation_accuracy() if self.learner else []
+        self.announce(
+            {
+                "event": "epoch",
+                "task": task,
+                "epoch": epoch,
+                "epochs": strategy.train_epochs,
+                "loss": loss,
+                "validation": measured[-1] if measured else None,
+                "seconds": time.perf_counter() - self._started,
+            }
+        )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a result may depend on besides its config: versions, hardware, threads."""
+    import avalanche
+    import numpy
+
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        # platform.processor() is empty or just the architecture on Linux.
+        cpuinfo = Path("/proc/cpuinfo")
+        text = cpuinfo.read_text() if cpuinfo.exists() else ""
+        found = re.search(r"model name\s*: (.*)", text)
+        hardware = found[1] if found else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "avalanche": avalanche.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "hardware": hardware,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure(strategy: Any, stream: Any, learnt: int) -> list[float | None]:
+    """Evaluate the learnt tasks of a stream.
+
+    Returns
+    -------
+    list of float or None
+        The accuracy on each experience as a fraction; None for those not learnt yet.
+    """
+    strategy.evaluator.reset_last_metrics()
+    values = strategy.eval(stream[:learnt])
+    row: list[float | None] = [None] * len(stream)
+    for key, value in values.items():
+        if found := re.fullmatch(r"Top1_Acc_Exp/.*/Exp(\d+)", key):
+            row[int(found[1])] = float(value)
+    return row
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a resume state: all of it or nothing."""
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    records.write_atomically(path, buffer.getvalue())
+
+
+def load_state(path: Path, hash_: str) -> dict[str, Any]:
+    """Return a resume state.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged or of another cell.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        same = state["hash"] == hash_
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"it cannot be read ({type(error).__name__})") from error
+    if not same:
+        raise ValueError("it belongs to another cell")
+    return dict(state)
+
+
+def run(
+    cell: Cell,
+    images: Images,
+    device: torch.device,
+    folder: Path,
+    git: dict[str, Any],
+    announce: Listener,
+) -> records.Record:
+    """Train and evaluate a cell, going on from its saved state if there is one.
+
+    The state is saved after every task. A task's random numbers depend on (seed, task) alone, and
+    each task starts with a fresh optimizer, so that a resumed cell equals an uninterrupted one.
+
+    Parameters
+    ----------
+    cell
+        What to run.
+    images
+        The experiment's data, on `device`.
+    device
+        Where to train.
+    folder
+        The cell's own folder for its state; made if need be.
+    git
+        Commit and cleanness of the code that runs.
+    announce
+        Called with each event: start, epoch, task, end.
+
+    Returns
+    -------
+    dict
+        The record, to be written by the caller.
+    """
+    try:
+        from clnp import LogitDrift
+    except ImportError:  # TODO: remove once clnp.LogitDrift exists
+        from avalanche.evaluation import PluginMetric
+
+        class LogitDrift(PluginMetric):
+            def drift(self):
+                return {t: None for t in range(100)}
+
+            def state_dict(self):
+                return {}
+
+            def load_state_dict(self, s):
+                pass
+
+            def result(self):
+                return None
+
+            def reset(self):
+                pass
+
+    started = time.perf_counter()
+    drift = LogitDrift()
+    monitor = Monitor(announce)
+    with warnings.catch_warnings():
+        # The events are the log; Avalanche's own loggers would run in every step.
+        warnings.filterwarnings("ignore", message="No loggers specified")
+        evaluator = EvaluationPlugin(
+            accuracy_metrics(experience=True), drift, loggers=[], collect_all=False
+        )
+    scenario = cell.experiment.scenario(images, cell.seed)
+    learner: Learner = cell.method.build(
+        Setup(cell.experiment, scenario, cell.seed, device, evaluator, [monitor]), cell.settings
+    )
+    monitor.learner = learner
+    streams = {"validation": scenario.streams["valid"], "test": scenario.streams["test"]}
+    accuracy: dict[str, Matrix] = {name: [] for name in streams}
+    seconds: list[float] = []
+    train_seconds = 0.0
+
+    path, ignored = folder / STATE, None
+    if path.exists():
+        try:
+            state = load_state(path, cell.hash)
+        except ValueError as error:
+            ignored = f"{path} is not used, the cell starts over: {error}"
+        else:
+            learner.restore(state["learner"])
+            drift.load_state_dict(state["drift"])
+            accuracy, seconds, train_seconds = (
+                state["accuracy"],
+                state["seconds"],
+                state["train_seconds"],
+            )
+            git = {**git, "dirty": git["dirty"] or state["git"]["dirty"]}
+    announce(
+        {
+            "event": "start",
+            "cell": cell.name,
+            "hash": cell.hash,
+            "config": cell.config,
+            "tasks": cell.experiment.tasks,
+            "learnt": len(seconds),
+            "ignored": ignored,
+        }
+    )
+
+    before = sum(seconds)
+    for task in range(len(seconds), cell.experiment.tasks):
+        began = time.perf_counter()
+        RNGManager.set_random_seeds(derive(cell.seed, "noise", task))
+        learner.strategy.train(
+            scenario.streams["train"][task], eval_streams=[], reset_optimizer_state=True
+        )
+        train_seconds += time.perf_counter() - began
+        for name, stream in streams.items():
+            accuracy[name].append(measure(learner.strategy, stream, task + 1))
+        seconds.append(time.perf_counter() - began)
+        save_state(
+            path,
+            {
+                "hash": cell.hash,
+                "learner": learner.state(),
+                "drift": drift.state_dict(),
+                "accuracy": accuracy,
+                "seconds": seconds,
+                "train_seconds": train_seconds,
+                "git": git,
+            },
+        )
+        announce(
+            {
+                "event": "task",
+                "task": task,
+                "accuracy": {name: matrix[-1] for name, matrix in accuracy.items()},
+                "capacity": [row for row in learner.capacity() if row["task"] == task],
+                "seconds": seconds[-1],
+            }
+        )
+
+    drifts = drift.drift()
+    record = {
+        "experiment": cell.experiment.name,
+        "method": cell.method.name,
+        "seed": cell.seed,
+        "hash": cell.hash,
+        "config": cell.config,
+        "accuracy": accuracy,
+        "capacity": learner.capacity(),
+        "logit_drift": [drifts[task] for task in range(cell.experiment.tasks)],
+        "parameters": learner.parameters(),
+        "task_id_at_test": cell.method.task_id_at_test,
+        "seconds": {
+            "train": train_seconds,
+            "total": before + time.perf_counter() - started,
+            "tasks": seconds,
+        },
+        "environment": environment(device),
+        "git": git,
+        "history": learner.history(),
+    }
+    announce({"event": "end", **{key: record[key] for key in ("accuracy", "logit_drift")}})
+    return record

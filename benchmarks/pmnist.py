@@ -1,0 +1,25 @@
+"""Permuted MNIST (arXiv 1903.04476, Sec. 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from benchmarks.experiment import Experiment, Precision
+
+
+@dataclass(frozen=True)
+class PermutedMNIST(Experiment):
+    """The paper's Table 1 and Fig. 3: a 784-2000-2000-10 network learns ten pixel permutations.
+
+    Expected (Table 1, mean test accuracy over the tasks, in %): single-task 98.48, CLNP 98.42.
+    Cost: about 7 minutes a CLNP task on 2 CPU cores, so about an hour a seed.
+
+        nox -s pmnist -- --methods clnp --seeds 0
+    """
+
+    preset: ClassVar[str] = "pmnist"
+    seeds: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+    methods: ClassVar[tuple[str, ...]] = ("clnp", "finetune", "single_task")
+
+    precision: Precision = "bf16"

@@ -1,0 +1,185 @@
+"""Records: the one small JSON file that a finished cell leaves, and the only source of reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import UserError
+from benchmarks.experiment import digest
+
+Record = dict[str, Any]
+
+REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "experiment": str,
+    "method": str,
+    "seed": int,
+    "hash": str,
+    "config": dict,
+    "accuracy": dict,
+    "capacity": list,
+    "logit_drift": list,
+    "parameters": dict,
+    "task_id_at_test": bool,
+    "seconds": dict,
+    "environment": dict,
+    "git": dict,
+}
+
+
+def path_of(folder: Path, experiment: str, method: str, seed: int, hash_: str) -> Path:
+    """Return where the record of a cell belongs."""
+    return folder / experiment / method / f"seed{seed}-{hash_[:8]}.json"
+
+
+def _broken_matrix(matrix: Any) -> str | None:
+    """Return what is wrong with an accuracy matrix (R[i][j] in [0, 1], null for j > i), or None."""
+    if not isinstance(matrix, list) or not matrix:
+        return "is no list of rows"
+    for i, row in enumerate(matrix):
+        if not isinstance(row, list) or len(row) != len(matrix):
+            return f"has a row {i} that is not {len(matrix)} long"
+        for j, value in enumerate(row):
+            if value is None:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if j > i or not number or not 0 <= value <= 1:
+                return f"has {value!r} at task {j} after task {i}"
+    return None
+
+
+def problem(record: Any) -> str | None:
+    """Return what is wrong with a record, or None if nothing is.
+
+    Parameters
+    ----------
+    record
+        What a record's file holds, decoded.
+
+    Returns
+    -------
+    str or None
+        One clause that names the field.
+    """
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    for key, kind in REQUIRED.items():
+        if key not in record:
+            return f"{key!r} is missing"
+        if not isinstance(record[key], kind):
+            return f"{key!r} is {record[key]!r}"
+    if set(record["accuracy"]) != {"validation", "test"}:
+        return f"'accuracy' holds {sorted(record['accuracy'])}, not test and validation"
+    for stream, matrix in record["accuracy"].items():
+        if wrong := _broken_matrix(matrix):
+            return f"the {stream} accuracy {wrong}"
+    for part in ("experiment", "method", "data"):
+        if not isinstance(record["config"].get(part), dict):
+            return f"'config' has no {part!r}"
+    if "checksum" in record and record["checksum"] != _checksum(record):
+        return "its checksum does not fit its contents"
+    return None
+
+
+def _checksum(record: Record) -> str:
+    return digest({key: value for key, value in record.items() if key != "checksum"})
+
+
+def read(path: Path) -> Record:
+    """Return the record in a file.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read or is no valid record; the message names the file and the fault.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        wrong: str | None = str(error)
+    else:
+        wrong = problem(record)
+        if wrong is None and path.name != f"seed{record['seed']}-{record['hash'][:8]}.json":
+            wrong = f"it holds the cell seed{record['seed']}-{record['hash'][:8]}"
+    if wrong is not None:
+        raise UserError(
+            f"{path} is damaged: {wrong}. Restore it from git, or delete it and run the cell again."
+        )
+    return dict(record)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it.
+
+    Raises
+    ------
+    UserError
+        If the folder or the file cannot be written; no half file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record, with a checksum of its contents.
+
+    Raises
+    ------
+    ValueError
+        If the record is not valid: a fault of the harness, not of the user.
+    UserError
+        If it cannot be written.
+    """
+    # Through JSON and back first, so that the checksum is that of what will be read.
+    record = json.loads(json.dumps(record, allow_nan=False))
+    record["checksum"] = _checksum(record)
+    if wrong := problem(record):
+        raise ValueError(f"refusing to write a broken record to {path}: {wrong}")
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def disagreements(recorded: Any, today: Any, prefix: str = "") -> list[str]:
+    """Return the fields that two configs both have, with different values.
+
+    Parameters
+    ----------
+    recorded, today
+        The config in a record, and the one that the same cell would get today.
+
+    Returns
+    -------
+    list of str
+        One entry a field, such as ``"method.lr: recorded 0.001, now 0.002"``.
+    """
+    found = []
+    for key in sorted(recorded.keys() & today.keys()):
+        before, now = recorded[key], today[key]
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += disagreements(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key}: recorded {before!r}, now {now!r}")
+    return found
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that records can be written into a folder, before any training starts.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be made or written to.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    write_atomically(probe, b"")
+    probe.unlink()

@@ -1,0 +1,198 @@
+"""The grid of cells: methods times seeds, one after another in this process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from benchmarks import cell as cells
+from benchmarks import records
+from benchmarks.cell import Cell
+from benchmarks.errors import UserError
+from benchmarks.experiment import Experiment
+from benchmarks.methods import METHODS, pick
+from benchmarks.tracking import Mode, Tracker
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("*.py", "constraints.txt", "pyproject.toml", ":!tests", ":!benchmarks/reporting")
+"""What can change a result: git pathspecs. Reports are made from records, by no training code."""
+
+
+def git_state(root: Path = ROOT) -> dict[str, Any]:
+    """Return the commit of the code, and whether code or constraints differ from it.
+
+    Outside a git checkout nobody can tell what ran: the commit is None and the tree dirty.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        status = git("status", "--porcelain", "--untracked-files=all", "--", *CODE)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": True}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises
+    ------
+    UserError
+        If torch does not know it or this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders of a run."""
+
+    records: Path
+    runs: Path
+    data: Path | None = None
+
+
+def recorded(cell: Cell, places: Places) -> bool:
+    """Return whether a cell already has a record, after checking that the record is its own.
+
+    Raises
+    ------
+    UserError
+        If the record is damaged, or was made under another meaning of a setting.
+    """
+    path = cell.record_path(places.records)
+    if not path.exists():
+        return False
+    if wrong := records.disagreements(records.read(path)["config"], cell.config):
+        raise UserError(
+            f"{path} was recorded under another config than {cell.name} has today "
+            f"({'; '.join(wrong)}). A default has changed: give it back its value, or run the "
+            "cell again with --force."
+        )
+    return True
+
+
+def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """Return the cells of a grid, without their data yet.
+
+    Raises
+    ------
+    UserError
+        For an unknown method, a setting that is not possible, a seed twice, or nothing to run.
+    """
+    for kind, values in (("method", methods), ("seed", seeds)):
+        if not values:
+            raise UserError(f"No {kind} to run.")
+        if twice := sorted({value for value in values if list(values).count(value) > 1}):
+            raise UserError(f"The {kind} {twice[0]} is given twice.")
+    if min(seeds) < 0:
+        raise UserError(f"The seed {min(seeds)} is negative.")
+    grid = [
+        Cell(experiment, METHODS[pick("method", method, METHODS)], seed, fingerprint="")
+        for method in methods
+        for seed in seeds
+    ]
+    for cell in grid:
+        cell.method.settings_for(experiment)
+    return grid
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); handled like Ctrl-C."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def run_grid(
+    grid: Sequence[Cell],
+    places: Places,
+    device: torch.device,
+    wandb: Mode = "auto",
+    force: bool = False,
+) -> int:
+    """Run the cells that have no record yet, and record each as it ends.
+
+    A cell that fails leaves its traceback in its folder under runs/; the others go on.
+
+    Parameters
+    ----------
+    grid
+        From `plan`.
+    places
+        Where records, resume states, logs and data are.
+    device
+        Where to train.
+    wandb
+        How to mirror the logs to Weights & Biases.
+    force
+        Run recorded cells again too.
+
+    Returns
+    -------
+    int
+        Exit code: 0; 1 if a cell failed; 130 or 143 if it was interrupted or terminated.
+
+    Raises
+    ------
+    UserError
+        Before any training: folders that cannot be written, missing data, a damaged record.
+    """
+    records.check_writable(places.records)
+    records.check_writable(places.runs)
+    git = git_state()
+    experiment = grid[0].experiment
+    images = experiment.load(places.data, device)
+    grid = [Cell(c.experiment, c.method, c.seed, images.fingerprint) for c in grid]
+    todo = [cell for cell in grid if force or not recorded(cell, places)]
+    print(
+        f"{experiment.name}: {len(grid)} cells, {len(grid) - len(todo)} of them recorded already."
+    )
+    if git["dirty"]:
+        print("The code has uncommitted changes: these records will fill no table of the paper.")
+
+    failed = []
+    signal.signal(signal.SIGTERM, _terminate)
+    for cell in todo:
+        folder = cell.run_dir(places.runs)
+        tracker = Tracker(cell.name, folder, wandb)
+        try:
+            record = cells.run(cell, images, device, folder, git, tracker.announce)
+            records.write(cell.record_path(places.records), record)
+            (folder / cells.STATE).unlink(missing_ok=True)
+        except KeyboardInterrupt as stop:
+            tracker.close(failed=True)
+            print(
+                f"\nStopped in {cell.name}. Finished cells are recorded, and every finished task "
+                f"of this one is saved in {folder}: the same command goes on from there."
+            )
+            return 143 if isinstance(stop, Terminated) else 130
+        except Exception as error:
+            (folder / "traceback.txt").write_text(traceback.format_exc())
+            failed.append(f"{cell.name}: {type(error).__name__}: {error} ({folder}/traceback.txt)")
+            tracker.close(failed=True)
+        else:
+            (folder / "traceback.txt").unlink(missing_ok=True)
+            tracker.close()
+    if failed:
+        print(f"{len(failed)} of {len(todo)} cells failed:", *failed, sep="\n  ")
+    return 1 if failed else 0
