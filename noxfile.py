@@ -110,7 +110,10 @@ def build_environment(session: nox.Session, anew: bool = False) -> None:
         session.error(f"constraints.txt needs Python 3.11 or later, and nox runs on {sys.version}")
     if not anew and PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted_stamp():
         return
+    if Path(sys.prefix) == VENV:
+        session.error("nox runs from .venv, which is to be rebuilt: run a nox installed elsewhere")
     session.log("building .venv: about 6 GB, several minutes the first time")
+    STAMP.unlink(missing_ok=True)
     clear = ["--clear"] if anew else []
     session.run(sys.executable, "-m", "virtualenv", *clear, str(VENV), external=True)
     pip = [str(PYTHON), "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")]

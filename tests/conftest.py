@@ -1,0 +1,43 @@
+"""What every test runs under: one thread, fixed seeds, no network, no W&B account."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+
+# Before torch, numpy or wandb are imported, and inherited by the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.pop("WANDB_API_KEY", None)
+os.environ["NETRC"] = os.devnull  # where W&B keeps the key of someone who is logged in
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The examples of a run depend on the test alone, so that a failure is there again the next time.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+connect = socket.socket.connect
+
+
+def connect_to_this_machine(self: socket.socket, address: object) -> None:
+    """Connect as ever to a path or to the loopback address, and refuse anything else."""
+    host = address[0] if isinstance(address, tuple) else None
+    if host is not None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(f"a test tried to reach {host}: tests run without network")
+    connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test the same random numbers, and no network."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002, for libraries that draw from the global generator
+    torch.manual_seed(0)
+    monkeypatch.setattr(socket.socket, "connect", connect_to_this_machine)
