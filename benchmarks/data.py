@@ -1,9 +1,12 @@
 """Data sets as uint8 tensors: where they come from, how they are checked and cached.
 
-Sources, in this order: the cache of tensors in the data folder, torchvision's files there (or the
-.npz files of shared/data/unpack.py), torchvision's download. What enters the cache has been compared
-with the known fingerprint of the data set once; the cache itself carries a checksum. Training and
-test data lie in files of their own, so that a run without test data never opens them.
+Sources, in this order: the cache of tensors in the data folder, torchvision's files there,
+torchvision's download. What enters the cache has been compared once with the known fingerprint of
+the data set; the cache itself carries a checksum. Training and test data are cached in files of
+their own, so that a run without test data never opens them.
+
+CIFAR may also lie in the data folder as cifar10.npz or cifar100.npz, with the uint8 arrays
+train_images (N, 32, 32, 3), train_labels (N,), test_images and test_labels, images in any order.
 """
 
 import hashlib
@@ -11,9 +14,10 @@ import os
 import socket
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
@@ -86,7 +90,7 @@ def fingerprint(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> str:
 
 
 def resolve_data_dir(data_dir: Path | None = None) -> Path:
-    """The data folder: the one given, else the environment's CLNP_DATA, else ./data.
+    """Return the data folder: the one given, else the environment's CLNP_DATA, else ./data.
 
     Raises
     ------
@@ -128,11 +132,12 @@ def load(
         return _digits(device, test)
     source = _source(name)
     folder = resolve_data_dir(data_dir)
-    train = _tensors(*_part(source, folder, "train", download=True), device)
-    held_out = (
-        _tensors(*_part(source, folder, "test", download=True), device) if test else (None, None)
+    train_x, train_y = _tensors(_part(source, folder, "train", download=True), device)
+    test_x, test_y = (
+        _tensors(_part(source, folder, "test", download=True), device) if test else (None, None)
     )
-    return Images(name, *train, *held_out, _joint(source.fingerprints.values()), source.classes)
+    content = _joint(source.fingerprints.values())
+    return Images(name, train_x, train_y, test_x, test_y, content, source.classes)
 
 
 def prepare(names: Iterable[str], data_dir: Path | None = None, download: bool = True) -> None:
@@ -141,7 +146,7 @@ def prepare(names: Iterable[str], data_dir: Path | None = None, download: bool =
     Raises
     ------
     UserError
-        As `load`; or the data folder cannot be written.
+        As `load`.
     """
     for name in names:
         if name == "digits":
@@ -202,7 +207,7 @@ def _part(source: _Source, folder: Path, part: Part, download: bool) -> Arrays:
 def _read(source: _Source, folder: Path, part: Part) -> Arrays | None:
     try:
         return source.read(folder, part)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a parser makes of a damaged file
         raise UserError(
             f"the {part} data of {source.name} in {folder} cannot be read ({error}). Delete "
             f"{source.files} there and run `nox -s prepare`."
@@ -223,7 +228,7 @@ def _download(source: _Source, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         source.download(folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         raise _missing(source, folder, f" and the download failed: {error}") from error
     finally:
         socket.setdefaulttimeout(before)
@@ -234,8 +239,8 @@ def _download(source: _Source, folder: Path) -> None:
 
 def _checksum(images: NDArray[np.uint8], labels: NDArray[np.uint8], content: str) -> str:
     digest = hashlib.sha256(f"{images.shape} {labels.shape} {content}".encode())
-    digest.update(images)
-    digest.update(labels)
+    digest.update(images.data)
+    digest.update(labels.data)
     return digest.hexdigest()
 
 
@@ -243,9 +248,9 @@ def _read_cache(path: Path, expected: str) -> Arrays | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]
-            content, checksum = str(file["fingerprint"]), str(file["checksum"])
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as cache:
+            images, labels = cache["images"], cache["labels"]
+            content, checksum = str(cache["fingerprint"]), str(cache["checksum"])
         if content == expected and checksum == _checksum(images, labels, content):
             return images, labels
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -269,7 +274,7 @@ def _write_cache(path: Path, arrays: Arrays, content: str) -> None:
             )
         temporary.replace(path)
     except OSError as error:
-        with _ignored_os_errors():
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         warnings.warn(
             f"no cache of the data: {path} cannot be written ({error}); loading goes on without it",
@@ -277,23 +282,15 @@ def _write_cache(path: Path, arrays: Arrays, content: str) -> None:
         )
 
 
-@contextmanager
-def _ignored_os_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass
-
-
 # --- the sources ----------------------------------------------------------------------------------
 
 
-def _tensors(
-    images: NDArray[np.uint8], labels: NDArray[np.uint8], device: str | torch.device
-) -> tuple[Tensor, Tensor]:
+def _tensors(arrays: Arrays, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """Images (N, H, W) or (N, C, H, W), labels (N,)."""
-    x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
-    return (x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x), y
+    x, y = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1].astype(np.int64))
+    if x.ndim == 4:
+        x = x.permute(0, 3, 1, 2).contiguous()
+    return x.to(device), y.to(device)
 
 
 def _joint(parts: Iterable[str]) -> str:
@@ -305,15 +302,17 @@ def _digits(device: str | torch.device, test: bool) -> Images:
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    x, y = bunch.images.astype(np.uint8), bunch.target.astype(np.uint8)
-    train_x, test_x, train_y, test_y = train_test_split(
-        x, y, test_size=360, random_state=0, stratify=y
+    x, x_test, y, y_test = train_test_split(
+        bunch.images.astype(np.uint8),
+        bunch.target.astype(np.uint8),
+        test_size=360,
+        random_state=0,
+        stratify=bunch.target,
     )
-    content = _joint([fingerprint(train_x, train_y), fingerprint(test_x, test_y)])
-    held_out = _tensors(test_x, test_y, device) if test else (None, None)
-    return Images(
-        "digits", *_tensors(train_x, train_y, device), *held_out, content, classes=10, scale=16.0
-    )
+    train_x, train_y = _tensors((x, y), device)
+    test_x, test_y = _tensors((x_test, y_test), device) if test else (None, None)
+    content = _joint([fingerprint(x, y), fingerprint(x_test, y_test)])
+    return Images("digits", train_x, train_y, test_x, test_y, content, classes=10, scale=16.0)
 
 
 def _read_mnist(folder: Path, part: Part) -> Arrays | None:
@@ -352,7 +351,7 @@ def _cifar_reader(name: str) -> Callable[[Path, Part], Arrays | None]:
             alone = type(base.__name__, (base,), {other: []})
             data = alone(str(folder), train=part == "train")
             images, labels = data.data, np.array(data.targets, dtype=np.uint8)
-        return images, labels
+        return np.ascontiguousarray(images), labels
 
     return read
 

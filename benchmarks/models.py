@@ -6,7 +6,7 @@ from torch import nn
 
 
 def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """A multi-layer perceptron: linear layers fc1, fc2, ... and head, with ReLU between.
+    """Make a multi-layer perceptron: linear layers fc1, fc2, ... and head, with ReLU between.
 
     Parameters
     ----------

@@ -3,8 +3,7 @@
 One uint8 copy of the images serves all tasks and streams. An experience's `dataset` is a real
 AvalancheDataset, so replay, class timelines and other plugins work as ever; but as long as a
 strategy trains on one task's data (or a subset of it), `ResidentData` hands out batches gathered
-by index on the device, which costs a small fraction of a stock loader (shared/avalanche.md, "The
-data path").
+by index on the device, at a small fraction of a stock loader's cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -157,7 +156,7 @@ class ResidentLoader:
 def resident_view(
     dataset: AvalancheDataset[Any],
 ) -> tuple[ResidentDataset, Tensor | None] | None:
-    """The resident data set and the indices through which `dataset` sees it.
+    """Find the resident data set and the indices through which `dataset` sees it.
 
     Returns
     -------
@@ -244,7 +243,7 @@ class ResidentData(SupervisedTemplate):  # type: ignore[misc]
         self.dataloader = ResidentLoader(*view, self.eval_mb_size)
 
     def forward(self) -> Any:
-        """The model's output for the current batch, float32 at either precision."""
+        """Compute the model's output for the current batch, float32 at either precision."""
         if self.precision == "fp32":
             return super().forward()
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -262,7 +261,7 @@ class ResidentData(SupervisedTemplate):  # type: ignore[misc]
 
 
 def permuted(images: Images, tasks: int, seed: int, validation: int) -> CLScenario:
-    """Permuted images: each task sees the same images with its own random order of the pixels.
+    """Make permuted images: each task sees the same images with its own random order of the pixels.
 
     All tasks are permuted, the first one too (protocol: ten random permutations). The split into
     training and validation images is drawn once and is the same for each task.
