@@ -19,6 +19,7 @@ from avalanche.benchmarks.utils.classification_dataset import (
     TaskAwareSupervisedClassificationDataset,
 )
 from avalanche.benchmarks.utils.flat_data import FlatData
+from avalanche.benchmarks.utils.transform_groups import TransformGroups
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -186,10 +187,13 @@ def resident_view(
 
 
 def _transforms(node: FlatData[Any]) -> bool:
-    groups = [
-        getattr(node, name, None) for name in ("_transform_groups", "_frozen_transform_groups")
-    ]
-    return any(t is not None for g in groups if g for t in g.transform_groups.values())
+    return any(
+        groups[name] is not None
+        for kind in ("_transform_groups", "_frozen_transform_groups")
+        if (groups := getattr(node, kind, None)) is not None
+        # By name: some groups hold nothing but a default for all names.
+        for name in {"train", "eval", groups.current_group, *groups.transform_groups}
+    )
 
 
 class ResidentData(SupervisedTemplate):  # type: ignore[misc]
@@ -330,6 +334,8 @@ def _task(
             ConstantSequence(data.task, len(data)), "targets_task_labels", use_in_getitem=True
         ),
     ]
+    # Without transform groups of its own, a data set loses transforms added to it later as soon as
+    # Avalanche takes a subset, which its task-balanced loader does.
     return TaskAwareSupervisedClassificationDataset(
-        [data], indices=indices, data_attributes=attributes
+        [data], indices=indices, data_attributes=attributes, transform_groups=TransformGroups({})
     )
