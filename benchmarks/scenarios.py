@@ -196,7 +196,7 @@ def _transforms(node: FlatData[Any]) -> bool:
     )
 
 
-class ResidentData(SupervisedTemplate):  # type: ignore[misc]
+class ResidentData(SupervisedTemplate):
     """Strategy mixin that serves resident data by index: `class Fast(ResidentData, Naive)`.
 
     What a strategy trains or evaluates on is `adapted_dataset`. If that is one ResidentDataset or a
