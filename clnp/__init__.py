@@ -1,0 +1,23 @@
+"""Continual Learning via Neural Pruning (arXiv 1903.04476) for Avalanche.
+
+Learn task after task in one network of fixed size with exactly zero forgetting:
+
+>>> from clnp import CLNPPlugin
+>>> strategy = Naive(model=model, optimizer=optimizer, plugins=[CLNPPlugin(margin=0.001)])
+"""
+
+from clnp.errors import CapacityExhausted, CLNPError, Incompatible, UnsupportedNetwork
+from clnp.metrics import LogitDrift
+from clnp.plugin import CLNP, CLNPPlugin
+
+__all__ = [
+    "CLNP",
+    "CLNPError",
+    "CLNPPlugin",
+    "CapacityExhausted",
+    "Incompatible",
+    "LogitDrift",
+    "UnsupportedNetwork",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,93 @@
+"""LogitDrift: how far the logits of old tasks have moved since they were learnt."""
+
+from typing import Any
+
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from torch import Tensor
+
+
+class LogitDrift(PluginMetric[float]):
+    """Largest change of the logits on a fixed probe batch of each old task, for any strategy.
+
+    The probe of an experience is the first batch on which it is evaluated; its logits are kept
+    the first time it is evaluated after it was learnt, and compared ever after. 0 means that they
+    are bitwise the same. Costs no forward pass of its own.
+
+    Parameters
+    ----------
+    stream
+        Name of the evaluation stream whose experiences are watched.
+    """
+
+    def __init__(self, stream: str = "test") -> None:
+        super().__init__()
+        self._stream = stream
+        self._learnt: set[int] = set()
+        self._reference: dict[int, Tensor] = {}
+        self._drift: dict[int, float] = {}
+        self._probed = False
+
+    def drift(self) -> dict[int, float]:
+        """Largest absolute change of a logit since the experience was learnt, by its index."""
+        return dict(sorted(self._drift.items()))
+
+    def result(self) -> float:
+        """The largest drift of all experiences."""
+        return max(self._drift.values(), default=0.0)
+
+    def reset(self) -> None:
+        """Nothing: drift is measured over the whole life of a strategy."""
+
+    def after_training_exp(self, strategy: Any) -> None:
+        """Remember that the experience has been learnt."""
+        self._learnt.add(_index(strategy))
+
+    def before_eval_exp(self, strategy: Any) -> None:
+        """Look at the first batch of each experience."""
+        self._probed = False
+
+    def after_eval_iteration(self, strategy: Any) -> None:
+        """Keep the probe's logits, or compare them with those kept."""
+        index = _index(strategy)
+        name = getattr(getattr(strategy.experience, "origin_stream", None), "name", self._stream)
+        if self._probed or index not in self._learnt or name != self._stream:
+            return
+        self._probed = True
+        logits = strategy.mb_output.detach()
+        kept = self._reference.get(index)
+        if kept is None:
+            self._reference[index] = logits.cpu().clone()
+            self._drift[index] = 0.0
+            return
+        now = logits.cpu()
+        if kept.shape != now.shape:  # a head that grew: what was there is compared
+            kept, now = kept[:, : now.shape[1]], now[:, : kept.shape[1]]
+        change = float((now - kept).abs().max()) if kept.numel() else 0.0
+        self._drift[index] = max(self._drift[index], change)
+
+    def after_eval(self, strategy: Any) -> list[MetricValue]:
+        """Report the largest drift after each evaluation."""
+        step = strategy.clock.train_iterations
+        return [MetricValue(self, str(self), self.result(), step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers and tensors."""
+        return {
+            "learnt": sorted(self._learnt),
+            "reference": dict(self._reference),
+            "drift": dict(self._drift),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._learnt = set(state["learnt"])
+        self._reference = dict(state["reference"])
+        self._drift = dict(state["drift"])
+
+    def __str__(self) -> str:
+        return "LogitDrift"
+
+
+def _index(strategy: Any) -> int:
+    return int(getattr(strategy.experience, "current_experience", 0))

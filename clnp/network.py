@@ -1,0 +1,507 @@
+"""A network under a partition: the sub-network of each task, and the task in training.
+
+A view is a forward pass in which each layer computes a range of its units from a prefix of what
+it reads. Inside a view the adapters stand in for the layers' own ``forward``; outside, and for
+everybody who holds the model, nothing has changed.
+
+=============================  ====================================================================
+view                           what each layer computes
+=============================  ====================================================================
+sub-network of task t          units [:f(t)] from columns [:f'(t)], without gradients, evaluating
+task t in training             units [:f(t-1)] as their tasks see them, without gradients; units
+                               [f(t-1):] from all columns, with gradients; joined
+=============================  ====================================================================
+
+While a task trains, each parameter of the model *is* its free rows: a leaf view on the same
+storage. Frozen values aren't masked but out of reach of optimizer, weight decay and clipping.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clnp.errors import CapacityExhausted, UnsupportedNetwork
+from clnp.layers import Adapter, adapter_of, row_tensors, sliced
+from clnp.partition import Partition, derived_seed, permute, reinitialise, sever
+from clnp.units import Forward, Layout
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head computes for one task: its layer, what it reads from, and its bias.
+
+    Attributes
+    ----------
+    layer
+        Name of the layer.
+    start
+        The first unit of the last hidden group that it reads (f(t-1) in a single head).
+    bias : (classes,) or None
+        A bias of the task's own in place of the layer's.
+    use_bias
+        False: no bias at all.
+    """
+
+    layer: str
+    start: int
+    bias: Tensor | None = None
+    use_bias: bool = True
+
+
+@dataclass(frozen=True)
+class View:
+    """Ranges of units, by group: [start, split) as stored, [split, stop) in training."""
+
+    start: dict[str, int]
+    split: dict[str, int]
+    stop: dict[str, int]
+    head: Head
+    trains: bool
+
+
+class SubNetwork(nn.Module):
+    """The slice of the network that one task uses, its head included; called with x alone.
+
+    Always evaluates (dropout off, running statistics), without gradients, whatever is called on
+    it. It has no parameters of its own: it reads the network's, of which those that it uses are
+    never written again.
+    """
+
+    def __init__(self, network: "PartitionedNetwork", view: View, forward: Forward) -> None:
+        super().__init__()
+        self.training = False
+        # Plain references: as sub-modules they would be moved, trained and saved with this one.
+        object.__setattr__(self, "_network", network)
+        object.__setattr__(self, "_view", view)
+        object.__setattr__(self, "_forward", forward)
+
+    def train(self, mode: bool = True) -> "SubNetwork":
+        """Nothing: a learnt task's sub-network only ever evaluates."""
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of the task for inputs x (N, ...)."""
+        network: PartitionedNetwork = self._network  # type: ignore[assignment]
+        with network.view(self._view):  # type: ignore[arg-type]
+            return self._forward(network.model, x)  # type: ignore[no-any-return, operator]
+
+
+class PartitionedNetwork:
+    """A model whose units are divided among tasks.
+
+    Parameters
+    ----------
+    model
+        The network; trained in place.
+    layout
+        How its units are grouped, from :func:`clnp.units.find_layout`.
+    single_head
+        One output layer for all tasks, each with its own slice of the last hidden group; or
+        (False) an output layer of its own for each task (paper, Sec. 2.1, Fig. 2).
+    head_bias
+        Of a single head: ``"shared"`` (trained by the first task, then frozen), ``"per-task"``,
+        ``"none"``.
+    seed
+        Of the draws of W_free.
+
+    Attributes
+    ----------
+    partition
+        The frontiers of each group.
+    heads
+        The head of each learnt task.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        single_head: bool,
+        head_bias: str = "shared",
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.single_head = single_head
+        self.head_bias = head_bias
+        self.seed = seed
+        self.partition = Partition({g.name: g.width for g in layout.groups})
+        self.heads: list[Head] = []
+        self._originals: dict[tuple[str, str], nn.Parameter] = {}
+        self._training_view: View | None = None
+
+    # -- what the layers are -------------------------------------------------------------------
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layers with parameters by name, in forward order, the current head last."""
+        return {name: self.model.get_submodule(name) for name in self.layout.order}
+
+    @property
+    def in_training(self) -> bool:
+        """True between :meth:`begin_task` and :meth:`end_task`."""
+        return self._training_view is not None
+
+    def _only_the_head_reads(self, group: str) -> bool:
+        readers = next(g for g in self.layout.groups if g.name == group).readers
+        return {r.layer for r in readers} == {self.layout.head}
+
+    def _start(self, before: dict[str, int]) -> dict[str, int]:
+        """The first unit that a view computes, by group.
+
+        In a single head the older units of the last hidden group are read by nobody else.
+        """
+        last = self.layout.last.name
+        skip = self.single_head and self._only_the_head_reads(last)
+        return {name: f if skip and name == last else 0 for name, f in before.items()}
+
+    # -- views ---------------------------------------------------------------------------------
+
+    def subnetwork_view(self, before: dict[str, int], used: dict[str, int], head: Head) -> View:
+        """Units [:used], evaluated; for a task that began at the frontiers ``before``."""
+        return View(self._start(before), used, used, head, trains=False)
+
+    def task_view(self, task: int) -> View:
+        """The view of a learnt task (0, 1, ... in order of learning)."""
+        before, used = self.partition.before(task), self.partition.after(task)
+        return self.subnetwork_view(before, used, self.heads[task])
+
+    def subnetwork(self, task: int, forward: Forward) -> SubNetwork:
+        """The sub-network of a learnt task, as a module."""
+        return SubNetwork(self, self.task_view(task), forward)
+
+    def candidate(self, used: dict[str, int]) -> View:
+        """The sub-network that the task just trained would be, cut to ``used`` units."""
+        before = {name: f[-1] for name, f in self.partition.frontiers.items()}
+        return self.subnetwork_view(before, used, self._new_head(before))
+
+    @contextmanager
+    def view(self, view: View) -> Iterator[None]:
+        """Run the model's forward as a view; nests, and restores what it found."""
+        modules = self.modules | {view.head.layer: self.model.get_submodule(view.head.layer)}
+        outer = {name: module.__dict__.get("forward") for name, module in modules.items()}
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            for name, module in modules.items():
+                if name == view.head.layer or name != self.layout.head:
+                    module.forward = self._layer(name, module, view)
+            if not view.trains:
+                for module in modes:
+                    module.training = False
+                with torch.no_grad():
+                    yield
+            else:
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for name, module in modules.items():
+                module.__dict__.pop("forward", None)
+                replaced = outer[name]
+                if replaced is not None:
+                    module.forward = replaced
+
+    def _layer(self, name: str, module: nn.Module, view: View) -> Callable[[Tensor], Tensor]:
+        """What stands in for a layer's forward inside a view."""
+        adapter = adapter_of(name, module)
+        if name == view.head.layer:
+            return self._head_layer(name, module, adapter, view)
+        group, (read, repeat) = self.layout.writes[name], self.layout.reads[name]
+        start, split, stop = view.start[group], view.split[group], view.stop[group]
+        stored = self._stored(name, module, adapter)
+        dim = adapter.unit_dim
+
+        def columns(end: dict[str, int]) -> slice | None:
+            if read is None:
+                return None
+            return slice(view.start[read] * repeat, end[read] * repeat)
+
+        frozen = sliced(stored, slice(start, split), columns(view.split), adapter)
+        if not view.trains:
+            return lambda x: adapter.compute(module, x, frozen, False)
+        # What the older units read: a prefix of the units, or all of the network's input.
+        seen = split - start
+        if adapter.has_columns:
+            seen = -1 if read is None else (view.split[read] - view.start[read]) * repeat
+
+        def frozen_part(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = x if seen < 0 else x.narrow(dim, 0, seen)
+                return adapter.compute(module, x, frozen, False)
+
+        def free_part(x: Tensor) -> Tensor:
+            tensors = row_tensors(module, adapter)  # the leaves: already the free rows alone
+            for key in adapter.buffers:
+                buffer = tensors[key]
+                tensors[key] = None if buffer is None else buffer[split:]
+            x = x if adapter.has_columns else x.narrow(dim, seen, stop - split)
+            return adapter.compute(module, x, tensors, module.training)
+
+        if split == stop:
+            return frozen_part
+        if split == start:
+            return free_part
+        return lambda x: torch.cat([frozen_part(x), free_part(x)], dim=dim)
+
+    def _head_layer(
+        self, name: str, module: nn.Module, adapter: Adapter, view: View
+    ) -> Callable[[Tensor], Tensor]:
+        last, head = self.layout.last, view.head
+        _, repeat = self._head_reads(name)
+        computed, stop, dim = view.start[last.name], view.stop[last.name], adapter.unit_dim
+        skip = (head.start - computed) * repeat
+        width = (stop - head.start) * repeat
+        stored = sliced(
+            self._stored(name, module, adapter),
+            slice(None),
+            slice(head.start * repeat, stop * repeat),
+            adapter,
+        )
+        if head.bias is not None or not head.use_bias:
+            stored["bias"] = head.bias
+
+        def forward(x: Tensor) -> Tensor:
+            tensors = stored
+            if view.trains:  # the leaves: already the columns of this task alone
+                tensors = row_tensors(module, adapter)
+                tensors = tensors if head.use_bias else {**tensors, "bias": None}
+            x = x.narrow(dim, skip, width) if skip else x
+            return adapter.compute(module, x, tensors, module.training)
+
+        return forward
+
+    def _head_reads(self, name: str) -> tuple[str, int]:
+        """The group that a head reads, and the columns a unit; also for heads of other tasks."""
+        last = self.layout.last
+        columns = self._original(name, "weight").shape[1]
+        return last.name, columns // last.width
+
+    def _original(self, name: str, key: str) -> Tensor:
+        """A parameter in full, whether its task is in training or not."""
+        kept = self._originals.get((name, key))
+        tensor = kept if kept is not None else self.model.get_submodule(name)._parameters[key]
+        assert tensor is not None
+        return tensor.detach()
+
+    def _stored(self, name: str, module: nn.Module, adapter: Adapter) -> dict[str, Tensor | None]:
+        """The layer's tensors in full, without gradients."""
+        tensors = row_tensors(module, adapter)
+        return {
+            key: None
+            if tensor is None
+            else self._original(name, key)
+            if key in adapter.parameters
+            else tensor
+            for key, tensor in tensors.items()
+        }
+
+    # -- a task's life ---------------------------------------------------------------------------
+
+    def begin_task(self, layout: Layout) -> dict[nn.Parameter, nn.Parameter | None]:
+        """Draw W_free anew and put each parameter's free rows in its place.
+
+        Parameters
+        ----------
+        layout
+            The layout with this task's head.
+
+        Returns
+        -------
+        dict
+            Original parameter -> the leaf that trains in its stead (None: nothing of it trains),
+            for all parameters of the model.
+
+        Raises
+        ------
+        CapacityExhausted
+            If a single head has no free unit left in the last hidden layer.
+        """
+        if layout.core() != self.layout.core():
+            raise UnsupportedNetwork(
+                "the network has changed since the last task (layers added, removed or resized "
+                "outside the head); CLNP needs the same hidden layers for all tasks"
+            )
+        self.layout = layout
+        before = {name: f[-1] for name, f in self.partition.frontiers.items()}
+        last, task = layout.last, self.partition.tasks
+        if self.single_head and before[last.name] == last.width:
+            raise CapacityExhausted(
+                f"no unit is free in the last hidden layer {last.name!r} ({last.width} units, all "
+                f"used by {task} tasks), and a single head can't learn without one; use a wider "
+                "layer, a larger margin or l1 (sparser tasks), or one head a task"
+            )
+        if task > 0:
+            anew: tuple[str, ...] = ("weight",) if self.single_head else ()
+            if self.single_head and self.head_bias == "per-task":
+                anew = ("weight", "bias")
+            reinitialise(self.modules, layout, before, derived_seed(self.seed, task), anew)
+        leaves: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(self.model.parameters())
+        for name, module in self.modules.items():
+            for key, original in list(module._parameters.items()):
+                if original is None:
+                    continue
+                if name == layout.head:
+                    leaf = self._head_leaf(key, original, before[last.name])
+                else:
+                    rows = original.detach()[before[layout.writes[name]] :]
+                    leaf = nn.Parameter(rows, requires_grad=original.requires_grad)
+                self._originals[name, key] = original
+                module._parameters[key] = leaf
+                trains = leaf.numel() > 0 and leaf.requires_grad
+                leaves[original] = leaf if trains else None
+        self._training_view = View(
+            start=self._start(before),
+            split=before,
+            stop=dict(self.partition.widths),
+            head=self._new_head(before),
+            trains=True,
+        )
+        return leaves
+
+    def _head_leaf(self, key: str, original: nn.Parameter, start: int) -> nn.Parameter:
+        if not self.single_head:
+            return original
+        if key == "weight":
+            # Optimizers, fused ones above all, are right on row views only: columns are copied.
+            _, repeat = self._head_reads(self.layout.head)
+            return nn.Parameter(original.detach()[:, start * repeat :].clone())
+        first = self.partition.tasks == 0
+        trains = {"shared": first, "per-task": True, "none": False}[self.head_bias]
+        return nn.Parameter(original.detach().clone(), requires_grad=trains)
+
+    def _new_head(self, before: dict[str, int]) -> Head:
+        """The head of the task in training, with the layer's bias as it stands."""
+        start = before[self.layout.last.name] if self.single_head else 0
+        use = not self.single_head or self.head_bias != "none"
+        return Head(self.layout.head, start, None, use)
+
+    @property
+    def training_view(self) -> View:
+        """The view of the task in training."""
+        if self._training_view is None:
+            raise RuntimeError("no task is in training")
+        return self._training_view
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """Free rows of each weight matrix in training, the head's included, by layer (for L1)."""
+        found = {
+            name: self.model.get_submodule(name)._parameters["weight"]
+            for name in self.layout.weights
+        }
+        return {name: leaf for name, leaf in found.items() if leaf is not None and leaf.numel()}
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        """Put the full parameters back, with what the task has learnt in them."""
+        for (name, key), original in self._originals.items():
+            module = self.model.get_submodule(name)
+            leaf = module._parameters[key]
+            if name == self.layout.head and self.single_head and leaf is not None:
+                if key == "weight":
+                    original[:, original.shape[1] - leaf.shape[1] :] = leaf
+                elif leaf.requires_grad:
+                    original.copy_(leaf)
+            module._parameters[key] = original
+            original.grad = None
+        self._originals = {}
+        self._training_view = None
+
+    def sort(self, orders: dict[str, Tensor]) -> None:
+        """Move units within their groups; ``orders[group][i]`` goes to place i (used ones stay)."""
+        modules = self.modules
+        for group in self.layout.groups:
+            permute(modules, group, orders[group.name])
+
+    def learn(self, used: dict[str, int]) -> None:
+        """Make the first ``used`` units of each group active for good: cut, sever, remember."""
+        head = self._new_head({name: f[-1] for name, f in self.partition.frontiers.items()})
+        bias = self.model.get_submodule(head.layer)._parameters["bias"]
+        if self.single_head and self.head_bias == "per-task" and bias is not None:
+            head = Head(head.layer, head.start, bias.detach().clone(), True)
+        self.partition.append(used)
+        sever(self.modules, self.layout, used)
+        self.heads.append(head)
+
+    # -- what is frozen ------------------------------------------------------------------------
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Everything that learnt tasks read, as views, by a name that stands in the state."""
+        found: dict[str, Tensor] = {}
+        if self.partition.tasks == 0:
+            return found
+        used = {name: f[-1] for name, f in self.partition.frontiers.items()}
+        for name in self.layout.order:
+            if name == self.layout.head:
+                continue
+            module = self.model.get_submodule(name)
+            tensors = self._stored(name, module, adapter_of(name, module))
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    found[f"{name}.{key}"] = tensor[: used[self.layout.writes[name]]]
+        for layer in dict.fromkeys(head.layer for head in self.heads):
+            module = self.model.get_submodule(layer)
+            _, repeat = self._head_reads(layer)
+            columns = used[self.layout.last.name] * repeat if self.single_head else None
+            for key, tensor in self._stored(layer, module, adapter_of(layer, module)).items():
+                if tensor is not None and not (key == "bias" and self.head_bias == "per-task"):
+                    found[f"{layer}.{key}"] = tensor[:, :columns] if key == "weight" else tensor
+        return found
+
+    @torch.no_grad()
+    def checksum(self) -> int:
+        """A sum over the bits of all frozen entries: any write to them changes it."""
+        kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        sums = [t.view(kinds[t.element_size()]).sum() for t in self._frozen().values()]
+        return sum(int(s) for s in torch.stack(sums).tolist()) if sums else 0
+
+    def state_dict(self) -> dict[str, object]:
+        """Frontiers, heads and frozen entries; free ones are drawn anew before each task."""
+        return {
+            "widths": dict(self.partition.widths),
+            "frontiers": {name: list(f) for name, f in self.partition.frontiers.items()},
+            "heads": [
+                {"layer": h.layer, "start": h.start, "bias": h.bias, "use_bias": h.use_bias}
+                for h in self.heads
+            ],
+            "frozen": {name: tensor.clone() for name, tensor in self._frozen().items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; frozen entries are written into the model.
+
+        Raises
+        ------
+        ValueError
+            If the network hasn't the shape of the one saved.
+        """
+        if dict(state["widths"]) != self.partition.widths:
+            raise ValueError(
+                f"the state is of a network with layers {state['widths']}, this one has "
+                f"{self.partition.widths}"
+            )
+        frontiers = {name: list(f) for name, f in state["frontiers"].items()}
+        self.partition = Partition(dict(state["widths"]), frontiers)
+        device = next(self.model.parameters()).device
+        self.heads = [
+            Head(
+                h["layer"],
+                h["start"],
+                None if h["bias"] is None else h["bias"].to(device),
+                h["use_bias"],
+            )
+            for h in state["heads"]
+        ]
+        frozen = self._frozen()
+        if frozen.keys() != state["frozen"].keys():
+            raise ValueError(
+                f"the state holds the layers {sorted(state['frozen'])}, this network "
+                f"{sorted(frozen)}"
+            )
+        for name, tensor in frozen.items():
+            tensor.copy_(state["frozen"][name])
+        sever(self.modules, self.layout, {name: f[-1] for name, f in frontiers.items()})

@@ -1,0 +1,167 @@
+"""Which units belong to which task: a list of frontiers a layer, and what moves with them.
+
+The units of a group are kept sorted by the task that activated them, so that the paper's split of
+the weights (Sec. 2.1, Fig. 1) is a matter of integers. After task t the first ``f(t)`` units are
+active, and of each weight matrix (rows = its units, columns = the units it reads)
+
+- rows ``[:f(t)]``, columns ``[:f'(t)]`` are W_act: frozen;
+- rows ``[:f(t)]``, columns ``[f'(t):]`` are W_int: zero;
+- rows ``[f(t):]`` are W_free: drawn anew before each task, then trained.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from clnp.layers import adapter_of, reset, row_tensors
+from clnp.units import Layout, UnitGroup
+
+
+@dataclass
+class Partition:
+    """The frontiers of each group of units.
+
+    Attributes
+    ----------
+    widths
+        Number of units of each group, in forward order.
+    frontiers
+        ``frontiers[layer][t]`` units of the layer were active after t tasks; starts with 0.
+    """
+
+    widths: dict[str, int]
+    frontiers: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.frontiers = self.frontiers or {name: [0] for name in self.widths}
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks learnt so far."""
+        return len(next(iter(self.frontiers.values()))) - 1
+
+    def before(self, task: int) -> dict[str, int]:
+        """Units active before the task (0, 1, ...) was learnt: f(t-1)."""
+        return {name: f[task] for name, f in self.frontiers.items()}
+
+    def after(self, task: int) -> dict[str, int]:
+        """Units active after the task (0, 1, ...) was learnt: f(t)."""
+        return {name: f[task + 1] for name, f in self.frontiers.items()}
+
+    def append(self, used: dict[str, int]) -> None:
+        """Enter the frontiers of the task just learnt."""
+        for name, count in used.items():
+            if not self.frontiers[name][-1] <= count <= self.widths[name]:
+                raise ValueError(
+                    f"layer {name!r} has {self.frontiers[name][-1]} to {self.widths[name]} units "
+                    f"to end at, not {count}"
+                )
+        for name, count in used.items():
+            self.frontiers[name].append(count)
+
+
+def derived_seed(*numbers: int) -> int:
+    """One seed from several numbers (seed, task, layer), so that near seeds don't overlap."""
+    generator = torch.Generator()
+    value = 0
+    for number in numbers:
+        generator.manual_seed((value + number) % 2**63)
+        value = int(torch.randint(2**62, (1,), generator=generator))
+    return value
+
+
+@torch.no_grad()
+def permute(modules: dict[str, nn.Module], group: UnitGroup, order: Tensor) -> None:
+    """Reorder the units of a group: rows where they are computed, columns where they are read.
+
+    Parameters
+    ----------
+    modules
+        The network's layers by name; changed in place.
+    group
+        The group of units.
+    order : (width,) int64
+        ``order[i]`` is the present place of the unit that goes to place i.
+    """
+    for name in (*group.writers, *group.norms):
+        module = modules[name]
+        for tensor in row_tensors(module, adapter_of(name, module)).values():
+            if tensor is not None:
+                tensor.copy_(tensor[order.to(tensor.device)])
+    for reader in group.readers:
+        weight = modules[reader.layer]._parameters["weight"]
+        assert weight is not None
+        blocks = order.to(weight.device)[:, None] * reader.repeat + torch.arange(
+            reader.repeat, device=weight.device
+        )
+        weight.copy_(weight[:, blocks.flatten()])
+
+
+@torch.no_grad()
+def sever(modules: dict[str, nn.Module], layout: Layout, used: dict[str, int]) -> None:
+    """Set the interference weights to zero: W_int = W[inactive -> active] = 0 (Sec. 2.1).
+
+    Parameters
+    ----------
+    modules
+        The network's layers by name; changed in place.
+    layout
+        How its units are grouped.
+    used
+        Number of active units of each group.
+    """
+    for group in layout.groups:
+        for reader in group.readers:
+            weight = modules[reader.layer]._parameters["weight"]
+            assert weight is not None
+            rows = weight.shape[0]
+            if reader.layer != layout.head:
+                rows = used[layout.writes[reader.layer]]
+            weight[:rows, used[group.name] * reader.repeat :] = 0.0
+
+
+@torch.no_grad()
+def reinitialise(
+    modules: dict[str, nn.Module],
+    layout: Layout,
+    used: dict[str, int],
+    seed: int,
+    head: tuple[str, ...],
+) -> None:
+    """Draw W_free anew (Alg. 1): rows of inactive units, and their columns in a single head.
+
+    Parameters
+    ----------
+    modules
+        The network's layers by name; changed in place.
+    layout
+        How its units are grouped.
+    used
+        Number of active units of each group.
+    seed
+        Seed of this task's draw.
+    head
+        The head's tensors that are drawn anew too, in the columns of inactive units: in a single
+        head its weight, and its bias if each task has one of its own.
+    """
+    for index, name in enumerate(layout.order):
+        module = modules[name]
+        fresh = reset(module, derived_seed(seed, index))
+        if name == layout.head:
+            group, repeat = layout.reads[name]
+            start = used[group] * repeat if group is not None else 0
+            weight = module._parameters["weight"]
+            if "weight" in head and weight is not None:
+                weight[:, start:] = fresh["weight"][:, start:].to(weight)
+            bias = module._parameters.get("bias")
+            if "bias" in head and bias is not None:
+                bias.copy_(fresh["bias"])
+            continue
+        first = used[layout.writes[name]]
+        for key, tensor in row_tensors(module, adapter_of(name, module)).items():
+            if tensor is not None:
+                tensor[first:] = fresh[key][first:].to(tensor)
+        batches = module._buffers.get("num_batches_tracked")
+        if batches is not None:
+            batches.zero_()

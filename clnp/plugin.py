@@ -1,0 +1,785 @@
+"""CLNPPlugin: continual learning via neural pruning for any Avalanche strategy (Alg. 1)."""
+
+import math
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
+from avalanche.models.utils import avalanche_forward, is_multi_task_module
+from avalanche.training.plugins import (
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    LRSchedulerPlugin,
+    SupervisedPlugin,
+)
+from avalanche.training.plugins.clock import Clock
+from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.templates.base_sgd import PeriodicEval
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from clnp.capacity import capacity_table, reused_units
+from clnp.errors import Incompatible, UnsupportedNetwork
+from clnp.network import PartitionedNetwork, SubNetwork
+from clnp.partition import Partition, derived_seed
+from clnp.proof import prove
+from clnp.pruning import Activity, graceful_forgetting, sorting
+from clnp.units import Forward, Layout, find_layout
+
+HOLD_OUT = 0.1
+"""Share of a task's training data held out for validation where no stream is given."""
+
+PROBE = 16
+"""Samples of the first task with which the network is traced."""
+
+COMPATIBLE = (EvaluationPlugin, LRSchedulerPlugin, EarlyStoppingPlugin, Clock, PeriodicEval)
+"""Avalanche's own plugins that neither read nor write what CLNP freezes."""
+
+
+class CLNPPlugin(SupervisedPlugin):
+    """Learn task after task in one network, with exactly zero forgetting.
+
+    After each task the units that it doesn't need are cut, within a margin of its validation
+    accuracy; those that remain are frozen, read by later tasks but never written again; the
+    others are drawn anew and train on the next task (Golkar, Kagan, Cho 2019, Alg. 1).
+
+    Parameters
+    ----------
+    margin : float or sequence of float
+        m, the absolute drop of validation accuracy allowed per task (0.0005: 0.05 points); or one
+        for each task.
+    l1 : float, sequence of float or {layer name: float}
+        alpha, the weight of the L1 term of the free weights: one for all layers, one for each
+        layer in forward order (the head last), or by name (``"head"`` names the head of any task).
+    thresholds : {"per-layer", "shared"}
+        Whether each layer has a theta of its own.
+    valid_stream : stream or sequence of experiences, optional
+        Experience k's validation data; without it 10 % of its training data is held out (seeded).
+    example_input : tensor (N, ...), optional
+        A batch for tracing the network; without it the first samples of the first task.
+    heads : {"auto", "single", "multi"}
+        One output layer for all tasks or one for each; auto: multi for a ``MultiTaskModule``.
+    head_bias : {"shared", "per-task", "none"}
+        Bias of a single head: trained by the first task and then frozen, one for each task, none.
+    seed : int
+        Of re-initialisation and of the held-out split.
+
+    Attributes
+    ----------
+    history : list of dict
+        For each learnt task: its name, best, trained and pruned validation accuracy, thresholds,
+        new units, and how many cuts were evaluated.
+    validation_accuracy : list of float
+        Validation accuracy after each epoch of the task in training (or just trained).
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range.
+
+    Notes
+    -----
+    Sub-networks are named by task label if the labels in the experiences' stream are distinct,
+    else by the experience's index. The promise: after a task has been learnt, its logits for the
+    same batch on the same device, library versions and number of threads are bitwise the same for
+    ever.
+
+    Examples
+    --------
+    >>> plugin = CLNPPlugin(margin=0.001, l1=1e-5)
+    >>> strategy = Naive(model=model, optimizer=optimizer, plugins=[plugin])
+    >>> for experience in benchmark.train_stream:
+    ...     strategy.train(experience)
+    >>> plugin.subnetwork(0)(x)
+    """
+
+    supports_distributed = False
+
+    def __init__(
+        self,
+        margin: float | Sequence[float] = 0.0005,
+        l1: float | Sequence[float] | Mapping[str, float] = 1e-5,
+        thresholds: str = "per-layer",
+        valid_stream: Any = None,
+        example_input: Tensor | None = None,
+        heads: str = "auto",
+        head_bias: str = "shared",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _choice("thresholds", thresholds, ("per-layer", "shared"))
+        _choice("heads", heads, ("auto", "single", "multi"))
+        _choice("head_bias", head_bias, ("shared", "per-task", "none"))
+        for m in margin if isinstance(margin, Sequence) else [margin]:
+            if not 0 <= m < 1:
+                raise ValueError(
+                    f"margin is {m}, but it is a share of accuracy in [0, 1): 0.0005 allows a drop "
+                    "of 0.05 points"
+                )
+        for alpha in l1.values() if isinstance(l1, Mapping) else _as_list(l1):
+            if not (math.isfinite(alpha) and alpha >= 0):
+                raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
+        self.margin = margin
+        self.l1 = l1
+        self.thresholds = thresholds
+        self.valid_stream = valid_stream
+        self.example_input = example_input
+        self.heads = heads
+        self.head_bias = head_bias
+        self.seed = seed
+        self.history: list[dict[str, Any]] = []
+        self.validation_accuracy: list[float] = []
+        self._network: PartitionedNetwork | None = None
+        self._by_label: bool | None = None
+        self._names: list[Hashable] = []
+        self._reused: list[dict[str, int]] = []
+        self._train_data: Any = None
+        self._valid_data: Any = None
+        self._penalties: list[tuple[nn.Parameter, float, Tensor]] = []
+        self._optimizer: tuple[Optimizer, list[list[nn.Parameter]]] | None = None
+        self._current: Hashable = None
+        self._checksum = 0
+        self._task_view = ExitStack()
+        self._eval_view = ExitStack()
+
+    # -- what the user asks ----------------------------------------------------------------------
+
+    @property
+    def network(self) -> PartitionedNetwork:
+        """The model under its partition.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first task has begun.
+        """
+        if self._network is None:
+            raise RuntimeError(
+                "CLNPPlugin has seen no network yet: train a first experience with a strategy that "
+                "has it among its plugins"
+            )
+        return self._network
+
+    @property
+    def partition(self) -> Partition:
+        """The frontiers by layer."""
+        return self.network.partition
+
+    @property
+    def tasks(self) -> list[Hashable]:
+        """Names of the learnt tasks (labels or indices) in order of learning."""
+        return list(self._names)
+
+    def subnetwork(self, task: Hashable) -> SubNetwork:
+        """The slice of the network that a task uses, its own head included.
+
+        Parameters
+        ----------
+        task
+            The task's label, or the index of its experience (see Notes of the class).
+
+        Raises
+        ------
+        KeyError
+            If the task hasn't been learnt.
+        """
+        index = self._index(task)
+        return self.network.subnetwork(index, self._forward(self._names[index]))
+
+    def capacity(self) -> pd.DataFrame:
+        """Units by task and hidden layer: used, new, reused, free, used_fraction."""
+        if self._network is None:
+            return capacity_table(Partition({}), [], [])
+        return capacity_table(self.partition, self._names, self._reused)
+
+    def _index(self, task: Hashable) -> int:
+        """Place of a task in the order of learning (of the newest one of that name)."""
+        for index in reversed(range(len(self._names))):
+            if self._names[index] == task:
+                return index
+        raise KeyError(f"task {task!r} hasn't been learnt; learnt so far: {self._names or 'none'}")
+
+    def _forward(self, name: Hashable) -> Forward:
+        """How the model is called for a task."""
+        return lambda model, x: avalanche_forward(model, x, name)
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that learnt tasks need, between tasks: plain tensors, numbers and lists.
+
+        Free weights aren't in it, since they are drawn anew before each task; so it is as small
+        as what has been learnt.
+        """
+        network = self.network
+        if network.in_training:
+            raise RuntimeError("state_dict() is for between tasks; a task is in training")
+        return {
+            "names": list(self._names),
+            "by_label": self._by_label,
+            "reused": [dict(r) for r in self._reused],
+            "history": [dict(h) for h in self.history],
+            "network": network.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, example: Tensor) -> None:
+        """Go on from :meth:`state_dict` with a network of the same shape.
+
+        Parameters
+        ----------
+        state
+            What :meth:`state_dict` gave.
+        model
+            The network, on its device; its weights are overwritten where tasks use them.
+        example : (N, ...)
+            A batch of inputs for tracing.
+        """
+        names = list(state["names"])
+        self._by_label = state["by_label"]
+        first = names[0] if names else 0
+        single = self._single_head(model)
+        network = self._build(model, first, example, single)
+        network.load_state_dict(state["network"])
+        self._network = network
+        self._names = names
+        self._reused = [dict(r) for r in state["reused"]]
+        self.history = [dict(h) for h in state["history"]]
+
+    # -- a task's life ---------------------------------------------------------------------------
+
+    def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Tidy up after a training that was interrupted."""
+        self._abandon()
+
+    def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Check the task's data, and hold out validation data if no stream was given."""
+        experience, data = strategy.experience, strategy.adapted_dataset
+        index = len(self._names)
+        if len(data) == 0:
+            raise ValueError(f"experience {_position(experience, index)} has no training data")
+        if len(data) != len(experience.dataset):
+            raise Incompatible(
+                f"{type(strategy).__name__} trains on {len(data)} samples where the experience has "
+                f"{len(experience.dataset)}: data of other tasks among them would train this "
+                "task's units on them. CLNP needs no replay; use Naive"
+            )
+        if self.valid_stream is not None:
+            position = _position(experience, index)
+            try:
+                self._valid_data = self.valid_stream[position].dataset.eval()
+            except (IndexError, KeyError):
+                raise ValueError(
+                    f"valid_stream has {len(self.valid_stream)} experiences, and none for "
+                    f"experience {position}"
+                ) from None
+        else:
+            held = max(1, round(HOLD_OUT * len(data)))
+            if len(data) < 2:
+                raise ValueError(
+                    f"experience {_position(experience, index)} has {len(data)} sample, of which "
+                    "none can be held out for validation; give a valid_stream"
+                )
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, index, 1))
+            order = torch.randperm(len(data), generator=generator)
+            self._valid_data = data.subset(sorted(order[:held].tolist())).eval()
+            strategy.adapted_dataset = data = data.subset(sorted(order[held:].tolist()))
+        if len(self._valid_data) == 0:
+            raise ValueError(
+                f"experience {_position(experience, index)} has no validation data, and the cut is "
+                "decided on it"
+            )
+        self._train_data = data
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Draw the free weights anew and let the optimizer see nothing else."""
+        self._refuse(strategy)
+        name = self._name(strategy.experience)
+        model, forward = strategy.model, self._forward(name)
+        example = self._example(strategy)
+        single = self._single_head(model)
+        if self._network is None or self._network.model is not model:
+            if self._names:
+                raise Incompatible(
+                    "the strategy's model isn't the one that this plugin has learnt tasks in; "
+                    "use a plugin of its own for each model"
+                )
+            self._network = self._build(model, name, example, single)
+        network = self._network
+        layout = find_layout(model, forward, example)
+        self._check_head(model, layout, strategy.experience, example, forward)
+        alphas = self._alphas(layout)
+        self._checksum = network.checksum()
+        leaves = network.begin_task(layout)
+        self._swap(strategy.optimizer, leaves)
+        self._penalties = [
+            (leaf, alphas[layer], torch.empty_like(leaf))
+            for layer, leaf in network.leaves().items()
+            if alphas[layer] > 0 and leaf.requires_grad
+        ]
+        self.validation_accuracy = []
+        self._task_view.enter_context(network.view(network.training_view))
+
+    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """L1 as a subgradient on the free weights: g += alpha·sign(w)."""
+        for leaf, alpha, sign in self._penalties:
+            if leaf.grad is not None:
+                leaf.grad.add_(torch.sign(leaf.detach(), out=sign), alpha=alpha)
+
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Validation accuracy: the best epoch's is what the margin counts from."""
+        self.validation_accuracy.append(self._accuracy(strategy))
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Measure activity, sort the task's units by it, cut, sever and freeze."""
+        network = self.network
+        if not self.validation_accuracy:
+            self.validation_accuracy.append(self._accuracy(strategy))
+        start = network.training_view.start
+        activity = Activity(network.layout)
+        with activity.measure(network.model, start):
+            for _ in self._outputs(strategy, self._train_data):
+                pass
+        self._release()
+        self._verify()
+        self._cut(strategy, activity.means(), start)
+        self._train_data = self._valid_data = None
+
+    def _cut(self, strategy: Any, activity: dict[str, Tensor], start: dict[str, int]) -> None:
+        network, partition = self.network, self.partition
+        before = {name: f[-1] for name, f in partition.frontiers.items()}
+        orders = {name: sorting(a, before[name]) for name, a in activity.items()}
+        network.sort(orders)
+        activity = {name: a[orders[name]] for name, a in activity.items()}
+
+        def evaluate(used: dict[str, int]) -> float:
+            with network.view(network.candidate(used)):
+                return self._accuracy(strategy)
+
+        cut = graceful_forgetting(
+            activity,
+            before,
+            {name: first + 1 for name, first in start.items()},
+            evaluate,
+            max(self.validation_accuracy),
+            self._margin(len(self._names)),
+            self.thresholds,
+        )
+        name = self._name(strategy.experience)
+        network.learn(cut.used)
+        self._names.append(name)
+        self._reused.append(
+            reused_units(
+                network.modules,
+                network.layout,
+                before,
+                cut.used,
+                network.heads[-1].start,
+                activity,
+            )
+        )
+        self.history.append(
+            {
+                "task": name,
+                "best_validation": max(self.validation_accuracy),
+                "trained_validation": self.validation_accuracy[-1],
+                "pruned_validation": cut.accuracy,
+                "thresholds": dict(cut.thresholds),
+                "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
+                "evaluations": cut.evaluations,
+            }
+        )
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    def before_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Run the batch on the sub-network of its experience's task."""
+        index = self._eval_index(strategy.experience)
+        if index is not None:
+            self._eval_view.enter_context(self.network.view(self.network.task_view(index)))
+
+    def after_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Leave the sub-network; give batches of mixed or unlearnt tasks what is theirs."""
+        self._eval_view.close()
+        experience = strategy.experience
+        if self._mixed(experience):
+            strategy.mb_output = self._by_task(strategy)
+        elif self._names and self._unlearnt(experience):
+            if self._eval_index(experience) is None:  # a head that no task has trained
+                strategy.mb_output = self._on_newest(strategy, strategy.mbatch)
+            strategy.mb_output = _widened(strategy.mb_output, experience)
+
+    def _eval_index(self, experience: Any) -> int | None:
+        """Which learnt task's sub-network an experience runs on; None: the model as it stands."""
+        if not self._names or self._mixed(experience) or self._is_in_training(experience):
+            return None
+        if not self._unlearnt(experience):
+            return self._index(self._task(experience))
+        # The newest one; but in a multi-head network the label picks a head of its own.
+        return len(self._names) - 1 if self.network.single_head else None
+
+    def _task(self, experience: Any) -> Hashable:
+        """The name of an experience's task."""
+        labels = _labels(experience)
+        return labels[0] if self._by_label and labels else _position(experience, 0)
+
+    def _mixed(self, experience: Any) -> bool:
+        return bool(self._by_label) and bool(self._names) and len(_labels(experience)) > 1
+
+    def _is_in_training(self, experience: Any) -> bool:
+        network = self._network
+        return (
+            network is not None and network.in_training and self._task(experience) == self._current
+        )
+
+    def _unlearnt(self, experience: Any) -> bool:
+        return self._task(experience) not in self._names and not self._is_in_training(experience)
+
+    def _by_task(self, strategy: Any) -> Tensor:
+        """Logits of a batch of several tasks, each sample's by its own task's sub-network."""
+        batch = strategy.mbatch
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for label in batch[-1].unique().tolist():
+            rows = (batch[-1] == label).nonzero().flatten()
+            part = [t[rows] for t in batch]
+            if label in self._names:
+                index = self._index(label)
+                with self.network.view(self.network.task_view(index)):
+                    outputs.append((rows, self._predict(strategy, part)))
+            else:
+                outputs.append((rows, self._on_newest(strategy, part)))
+        width = max(logits.shape[1] for _, logits in outputs)
+        joined = outputs[0][1].new_full((len(batch[0]), width), MASKED)
+        for rows, logits in outputs:
+            joined[rows, : logits.shape[1]] = logits
+        return joined
+
+    def _on_newest(self, strategy: Any, batch: list[Tensor]) -> Tensor:
+        """Logits of a batch by the sub-network of the task learnt last."""
+        labels = (
+            torch.full_like(batch[-1], int(str(self._names[-1]))) if self._by_label else batch[-1]
+        )
+        with self.network.view(self.network.task_view(len(self._names) - 1)):
+            return self._predict(strategy, [*batch[:-1], labels])
+
+    @staticmethod
+    def _predict(strategy: Any, batch: list[Tensor]) -> Tensor:
+        """The strategy's own forward (its precision, its way of calling the model) on a batch."""
+        kept = strategy.mbatch
+        strategy.mbatch = batch
+        try:
+            logits: Tensor = strategy.forward()
+        finally:
+            strategy.mbatch = kept
+        return logits
+
+    @contextmanager
+    def _evaluation(self, strategy: Any, data: Any) -> Iterator[Any]:
+        """The strategy's own evaluation loader over a data set; leaves the strategy as it was."""
+        names = ("adapted_dataset", "dataloader", "mbatch", "mb_output", "is_training")
+        kept = {name: getattr(strategy, name) for name in names}
+        modes = {module: module.training for module in strategy.model.modules()}
+        strategy.adapted_dataset, strategy.is_training = data, False
+        strategy.model.eval()
+        try:
+            strategy.make_eval_dataloader()
+            yield strategy.dataloader
+        finally:
+            for name, value in kept.items():
+                setattr(strategy, name, value)
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _outputs(self, strategy: Any, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels of a data set, batch by batch, in evaluation mode."""
+        with self._evaluation(strategy, data) as loader, torch.no_grad():
+            for strategy.mbatch in loader:
+                strategy._unpack_minibatch()
+                yield strategy.forward(), strategy.mb_y
+
+    def _accuracy(self, strategy: Any) -> float:
+        """Accuracy on the task's validation data."""
+        right = torch.zeros((), dtype=torch.int64, device=strategy.device)
+        for logits, labels in self._outputs(strategy, self._valid_data):
+            right += (logits.argmax(1) == labels).sum()
+        return int(right) / len(self._valid_data)
+
+    # -- before a task -----------------------------------------------------------------------------
+
+    @staticmethod
+    def _refuse(strategy: Any) -> None:
+        """Refuse what would break the promise, with the reason."""
+        model, optimizer = strategy.model, strategy.optimizer
+        if isinstance(model, DistributedDataParallel):
+            raise Incompatible(
+                "DistributedDataParallel keeps buckets of whole parameters, while CLNP trains "
+                "views of their free rows; train on one device"
+            )
+        if hasattr(model, "_orig_mod"):
+            raise Incompatible(
+                "a model from torch.compile runs code compiled for whole layers, past CLNP's "
+                "views; pass the plain model"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise Incompatible(
+                "LBFGS keeps its own list of parameters and would write into frozen weights; use a "
+                "first-order optimizer (SGD, Adam, AdamW, RMSprop, ...)"
+            )
+        for plugin in strategy.plugins:
+            ours = type(plugin).__module__.startswith("avalanche.")
+            if ours and not isinstance(plugin, COMPATIBLE):
+                raise Incompatible(
+                    f"{type(plugin).__name__} trains on or penalises old tasks (replay, "
+                    "distillation, importance of weights), which frozen units make needless, and "
+                    "it keeps references to whole parameters; remove it from the plugins"
+                )
+        if isinstance(strategy.dataloader, ReplayDataLoader):
+            raise Incompatible(
+                "the batches hold replayed data of old tasks; CLNP needs none: use Naive"
+            )
+
+    def _name(self, experience: Any) -> Hashable:
+        """Name the task: by label if the stream's labels are distinct, else by index."""
+        labels = _labels(experience)
+        if self._by_label is None:
+            self._by_label = _distinct_labels(experience)
+        if not self._by_label:
+            self._current = _position(experience, len(self._names))
+            return self._current
+        if len(labels) != 1:
+            raise ValueError(
+                f"experience {_position(experience, 0)} has task labels {labels}; CLNP learns one "
+                "task at a time"
+            )
+        if labels[0] in self._names:
+            raise ValueError(
+                f"task {labels[0]} has been learnt already and its units are frozen; give new data "
+                "a new task label"
+            )
+        self._current = labels[0]
+        return self._current
+
+    def _single_head(self, model: nn.Module) -> bool:
+        multi = is_multi_task_module(model)
+        if self.heads == "multi" and not multi:
+            raise ValueError(
+                f"heads='multi' needs a model that takes task labels, but {type(model).__name__} "
+                "is no avalanche.models.MultiTaskModule"
+            )
+        if multi and not self._by_label:
+            raise ValueError(
+                "a MultiTaskModule picks its head by task label, but the labels of the "
+                "experiences aren't distinct; give each experience a task label of its own"
+            )
+        return not multi if self.heads == "auto" else self.heads == "single"
+
+    def _build(
+        self, model: nn.Module, name: Hashable, example: Tensor, single: bool
+    ) -> PartitionedNetwork:
+        forward = self._forward(name)
+        layout = find_layout(model, forward, example)
+        prove(model, layout, forward, example, single)
+        return PartitionedNetwork(model, layout, single, self.head_bias, self.seed)
+
+    def _example(self, strategy: Any) -> Tensor:
+        if self.example_input is None:
+            with torch.random.fork_rng(devices=[]):  # random transforms must not move the run's RNG
+                data = self._train_data.eval()
+                rows = [data[i][0] for i in range(min(PROBE, len(data)))]
+            self.example_input = torch.stack(rows)
+        return self.example_input.to(strategy.device)
+
+    @staticmethod
+    def _check_head(
+        model: nn.Module, layout: Layout, experience: Any, example: Tensor, forward: Forward
+    ) -> None:
+        weight = model.get_submodule(layout.head)._parameters["weight"]
+        assert weight is not None
+        classes = [int(c) for c in getattr(experience, "classes_in_this_experience", [])]
+        if classes and max(classes) >= weight.shape[0]:
+            raise UnsupportedNetwork(
+                f"experience {_position(experience, 0)} has label {max(classes)}, but the head "
+                f"{layout.head!r} has {weight.shape[0]} outputs (labels 0 to "
+                f"{weight.shape[0] - 1}); give it more outputs, or remap the labels of each task"
+            )
+
+    def _alphas(self, layout: Layout) -> dict[str, float]:
+        """Alpha of each layer with a weight matrix."""
+        layers = layout.weights
+        shown = ", ".join(layers)
+        if isinstance(self.l1, Mapping):
+            head = {layout.head: self.l1["head"]} if "head" in self.l1 else {}
+            unknown = [name for name in self.l1 if name not in (*layers, "head")]
+            if unknown:
+                raise ValueError(f"l1 names the layer {unknown[0]!r}, but the layers are: {shown}")
+            return (
+                dict.fromkeys(layers, 0.0)
+                | {name: alpha for name, alpha in self.l1.items() if name != "head"}
+                | head
+            )
+        if not isinstance(self.l1, Sequence):
+            return dict.fromkeys(layers, float(self.l1))
+        if len(self.l1) != len(layers):
+            raise ValueError(
+                f"l1 has {len(self.l1)} values for {len(layers)} layers; in forward order they "
+                f"are: {shown}"
+            )
+        return dict(zip(layers, self.l1, strict=True))
+
+    def _margin(self, index: int) -> float:
+        if not isinstance(self.margin, Sequence):
+            return self.margin
+        if index >= len(self.margin):
+            raise ValueError(
+                f"margin has {len(self.margin)} values, and none for task {index} (counted from 0)"
+            )
+        return self.margin[index]
+
+    # -- the optimizer -----------------------------------------------------------------------------
+
+    def _swap(
+        self, optimizer: Optimizer, leaves: Mapping[nn.Parameter, nn.Parameter | None]
+    ) -> None:
+        """Give the optimizer the free rows in place of the parameters, and a fresh state."""
+        kept = [list(group["params"]) for group in optimizer.param_groups]
+        for group, originals in zip(optimizer.param_groups, kept, strict=True):
+            trained = [leaves.get(p, p) for p in originals]
+            group["params"] = [leaf for leaf in trained if leaf is not None]
+            for original in originals:
+                optimizer.state.pop(original, None)
+        self._optimizer = (optimizer, kept)
+
+    def _release(self) -> None:
+        """Put the parameters back: in the model, and in the optimizer."""
+        self._task_view.close()
+        if self._network is not None and self._network.in_training:
+            self._network.end_task()
+        if self._optimizer is not None:
+            optimizer, kept = self._optimizer
+            for group, originals in zip(optimizer.param_groups, kept, strict=True):
+                for leaf in group["params"]:
+                    optimizer.state.pop(leaf, None)
+                group["params"] = originals
+        self._optimizer = None
+        self._penalties = []
+
+    def _abandon(self) -> None:
+        """Give up a task whose training was interrupted; what was learnt before stands."""
+        self._eval_view.close()
+        if self._network is not None and self._network.in_training:
+            warnings.warn(
+                f"the training of task {self._current!r} was interrupted; CLNP gives it up, learnt "
+                "tasks are as they were",
+                stacklevel=2,
+            )
+            self._release()
+            self._verify()
+
+    def _verify(self) -> None:
+        """Check that nothing has written into what is frozen.
+
+        Raises
+        ------
+        Incompatible
+            If so: the promise is broken, and nobody shall find out later.
+        """
+        if self.network.checksum() != self._checksum:
+            raise Incompatible(
+                f"something wrote into frozen weights while task {self._current!r} was trained (an "
+                "optimizer or plugin that keeps references to the model's parameters from before "
+                "the task?); learnt tasks are damaged"
+            )
+
+
+MASKED = -1000.0
+"""Logit of classes that a sub-network doesn't have; Avalanche masks with the same value."""
+
+
+def _widened(logits: Tensor, experience: Any) -> Tensor:
+    """Logits with a column for each label of the experience."""
+    classes = [int(c) for c in getattr(experience, "classes_in_this_experience", [])]
+    missing = max(classes, default=0) + 1 - logits.shape[1]
+    return F.pad(logits, (0, missing), value=MASKED) if missing > 0 else logits
+
+
+def _labels(experience: Any) -> list[int]:
+    """Distinct task labels of an experience; none where it has none."""
+    labels = getattr(experience, "task_labels", None)
+    return [] if labels is None else sorted({int(label) for label in labels})
+
+
+def _position(experience: Any, fallback: int) -> int:
+    """The experience's index in its stream."""
+    return int(getattr(experience, "current_experience", fallback))
+
+
+def _distinct_labels(experience: Any) -> bool:
+    """Whether each experience of the stream has one label that no other has."""
+    stream = getattr(experience, "origin_stream", None)
+    members = list(stream) if stream is not None else [experience]
+    labels = [_labels(member) for member in members]
+    return all(len(each) == 1 for each in labels) and len({each[0] for each in labels}) == len(
+        labels
+    )
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(repr, choices))}")
+
+
+def _as_list(value: float | Sequence[float]) -> list[float]:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+class CLNP(SupervisedTemplate):
+    """A ready strategy: plain training with a :class:`CLNPPlugin`.
+
+    Parameters
+    ----------
+    model, optimizer, criterion
+        As in every Avalanche strategy.
+    margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
+        As in :class:`CLNPPlugin`.
+    **base
+        What every Avalanche strategy takes: train_mb_size, train_epochs, eval_mb_size, device,
+        plugins, evaluator, eval_every, ...
+
+    Attributes
+    ----------
+    clnp : CLNPPlugin
+        The plugin: ``strategy.clnp.subnetwork(task)``, ``strategy.clnp.capacity()``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Any = None,
+        margin: float | Sequence[float] = 0.0005,
+        l1: float | Sequence[float] | Mapping[str, float] = 1e-5,
+        thresholds: str = "per-layer",
+        valid_stream: Any = None,
+        example_input: Tensor | None = None,
+        heads: str = "auto",
+        head_bias: str = "shared",
+        seed: int = 0,
+        plugins: Sequence[Any] | None = None,
+        **base: Any,
+    ) -> None:
+        self.clnp = CLNPPlugin(
+            margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
+        )
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+            plugins=[*(plugins or []), self.clnp],
+            **base,
+        )

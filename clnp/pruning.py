@@ -1,0 +1,265 @@
+"""Activity of units (paper, Sec. 2.2) and graceful forgetting: cut as far as the margin allows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clnp.units import Layout
+
+EPSILON = 1e-9
+"""Accuracies are ratios of counts: differences below this are rounding."""
+
+
+class Activity:
+    """Mean activity E_S[|a|] of each unit where it is read: the largest of its readers.
+
+    For ReLU units this is the paper's mean activation; of a convolution's channel, over images
+    and positions.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+
+    @contextmanager
+    def measure(self, model: nn.Module, start: dict[str, int]) -> Iterator[None]:
+        """Watch what readers read during the forward passes inside.
+
+        Parameters
+        ----------
+        model
+            The network.
+        start
+            The first unit of each group that the passes compute.
+        """
+        handles = []
+        for group in self._layout.groups:
+            for reader in group.readers:
+                key = (group.name, reader.layer)
+                self._sums[key] = torch.zeros(group.width, dtype=torch.float64)
+                self._counts[key] = 0
+
+                def hook(
+                    module: nn.Module,
+                    inputs: tuple[Tensor, ...],
+                    key: tuple[str, str] = key,
+                    repeat: int = reader.repeat,
+                    first: int = start[group.name],
+                ) -> None:
+                    x = inputs[0].detach().float().abs()
+                    dim = -1 if isinstance(module, nn.Linear) else 1
+                    x = x.unflatten(dim, (-1, repeat)).movedim(dim if dim > 0 else -2, 0)
+                    each = x.flatten(1).sum(1)
+                    sums = self._sums[key]
+                    if sums.device != each.device:
+                        # MPS has no float64; single precision does there.
+                        kind = torch.float32 if each.device.type == "mps" else torch.float64
+                        sums = self._sums[key] = sums.to(each.device, kind)
+                    sums[first : first + each.numel()] += each
+                    self._counts[key] += x[0].numel()
+
+                handles.append(model.get_submodule(reader.layer).register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def means(self) -> dict[str, Tensor]:
+        """Activity of each unit (width,) float64 on the CPU, by group."""
+        found: dict[str, Tensor] = {}
+        for (group, reader), total in self._sums.items():
+            mean = total.double().cpu() / max(1, self._counts[group, reader])
+            found[group] = torch.maximum(found[group], mean) if group in found else mean
+        return found
+
+
+def sorting(activity: Tensor, used: int) -> Tensor:
+    """Order of a group's units: used ones where they are, free ones by falling activity.
+
+    Parameters
+    ----------
+    activity : (width,)
+        Mean activity of each unit.
+    used
+        Units that belong to earlier tasks.
+
+    Returns
+    -------
+    (width,) int64
+        ``order[i]`` is the present place of the unit that goes to place i.
+    """
+    free = torch.argsort(activity[used:], descending=True, stable=True) + used
+    return torch.cat([torch.arange(used), free])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the layers are cut.
+
+    Attributes
+    ----------
+    used
+        Active units of each group, older tasks' included.
+    thresholds
+        theta of each group: its new units are those with activity > theta.
+    accuracy
+        Validation accuracy after the cut.
+    evaluations
+        How many candidates were evaluated.
+    """
+
+    used: dict[str, int]
+    thresholds: dict[str, float]
+    accuracy: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The counts that a group can be cut to: units of equal activity are never separated.
+
+    Attributes
+    ----------
+    counts
+        Rising numbers of active units, older ones included.
+    thresholds
+        theta that leaves so many.
+    """
+
+    counts: tuple[int, ...]
+    thresholds: tuple[float, ...]
+
+
+def ladder(activity: Tensor, used: int, floor: int) -> Ladder:
+    """The rungs of one group, whose free units are sorted by falling activity.
+
+    Parameters
+    ----------
+    activity : (width,)
+        Mean activities, those of the free units ``[used:]`` falling.
+    used
+        Units that belong to earlier tasks.
+    floor
+        The smallest count (a layer can't compute no unit at all).
+    """
+    free = [float(a) for a in activity[used:]]
+    alive = sum(a > 0 for a in free)
+    edges = [n for n in range(alive + 1) if n in (0, alive) or free[n - 1] > free[n]]
+    edges = [n for n in edges if used + n >= floor] or [min(len(free), max(0, floor - used))]
+    thetas = [free[n] if n < alive else 0.0 for n in edges]
+    return Ladder(tuple(used + n for n in edges), tuple(thetas))
+
+
+def graceful_forgetting(
+    activity: dict[str, Tensor],
+    used: dict[str, int],
+    floors: dict[str, int],
+    evaluate: Callable[[dict[str, int]], float],
+    best: float,
+    margin: float,
+    thresholds: str = "per-layer",
+) -> Cut:
+    """Raise theta as far as validation accuracy stays within the margin of the best (Sec. 2.2).
+
+    Layers are cut from the last to the first, the i-th cut of L up to a total drop of margin·i/L,
+    then once more with what is left of the margin. If the model with all its living units is
+    already below, only dead units (theta = 0) go.
+
+    Parameters
+    ----------
+    activity : {group: (width,)}
+        Mean activities in forward order of the groups, free units sorted by falling activity.
+    used
+        Units of earlier tasks by group.
+    floors
+        Smallest count by group.
+    evaluate
+        Validation accuracy of the network cut to given counts; nothing is trained.
+    best
+        The best validation accuracy: of the grid, or of the training's epochs.
+    margin
+        m, the absolute drop allowed, as a fraction.
+    thresholds
+        ``"per-layer"``, or ``"shared"``: one theta for all layers.
+    """
+    rungs = {name: ladder(activity[name], used[name], floors[name]) for name in activity}
+    cache: dict[tuple[int, ...], float] = {}
+
+    def accuracy(places: dict[str, int]) -> float:
+        counts = {name: rungs[name].counts[i] for name, i in places.items()}
+        key = tuple(counts.values())
+        if key not in cache:
+            cache[key] = evaluate(counts)
+        return cache[key]
+
+    places = {name: len(r.counts) - 1 for name, r in rungs.items()}  # theta = 0
+    if accuracy(places) >= best - margin - EPSILON:
+        if thresholds == "shared":
+            places = _shared(rungs, places, accuracy, best - margin)
+        else:
+            order = list(reversed(rungs))
+            drops = [margin * (i + 1) / len(order) for i in range(len(order))]
+            for name, drop in [*zip(order, drops, strict=True), *((n, margin) for n in order)]:
+                places = _lower(name, places, accuracy, best - drop)
+    return Cut(
+        {name: rungs[name].counts[i] for name, i in places.items()},
+        {name: rungs[name].thresholds[i] for name, i in places.items()},
+        accuracy(places),
+        len(cache),
+    )
+
+
+def _lower(
+    name: str,
+    places: dict[str, int],
+    accuracy: Callable[[dict[str, int]], float],
+    bound: float,
+) -> dict[str, int]:
+    """The lowest rung of one layer that a binary search finds at or above the bound.
+
+    Accuracy isn't monotone in theta; the rung returned has been seen to hold (or is where the
+    search began).
+    """
+    low, high = 0, places[name]
+    if accuracy(places) < bound - EPSILON:
+        return places  # an earlier layer has used this share of the margin up
+    while low < high:
+        middle = (low + high) // 2
+        if accuracy({**places, name: middle}) >= bound - EPSILON:
+            high = middle
+        else:
+            low = middle + 1
+    return {**places, name: high}
+
+
+def _shared(
+    rungs: dict[str, Ladder],
+    places: dict[str, int],
+    accuracy: Callable[[dict[str, int]], float],
+    bound: float,
+) -> dict[str, int]:
+    """The highest theta, one for all layers, that a binary search finds within the bound."""
+    thetas = sorted({theta for r in rungs.values() for theta in r.thresholds}, reverse=True)
+
+    def at(theta: float) -> dict[str, int]:
+        # Each layer's smallest count whose first cut unit isn't above theta.
+        return {
+            name: next(i for i, t in enumerate(r.thresholds) if t <= theta or t == r.thresholds[-1])
+            for name, r in rungs.items()
+        }
+
+    low, high = 0, len(thetas) - 1
+    if accuracy(places) < bound - EPSILON:
+        return places
+    while low < high:
+        middle = (low + high) // 2
+        if accuracy(at(thetas[middle])) >= bound - EPSILON:
+            high = middle
+        else:
+            low = middle + 1
+    return at(thetas[high])
