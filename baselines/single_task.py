@@ -54,27 +54,27 @@ class SingleTaskPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is 
         """The weights of each task's network, in the order of training."""
         self._in_training: Weights | None = None
 
-    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Start the task with a fresh network."""
         if self.networks:
             reinitialise(strategy.model, self.seed * 1000 + len(self.networks))
 
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Keep the task's network."""
         self.networks.append(copy_weights(strategy.model))
 
-    def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def before_eval(self, strategy: Any, **_: Any) -> None:
         """Put aside the weights that may be in training."""
         self._in_training = copy_weights(strategy.model)
 
-    def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def before_eval_exp(self, strategy: Any, **_: Any) -> None:
         """Give the model the weights of the experience's own network."""
         task = strategy.experience.logging().current_experience
         weights = self.networks[task] if task < len(self.networks) else self._in_training
         if weights is not None:
             strategy.model.load_state_dict(weights)
 
-    def after_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def after_eval(self, strategy: Any, **_: Any) -> None:
         """Give the model back the weights that it had before the evaluation."""
         if self._in_training is not None:
             strategy.model.load_state_dict(self._in_training)

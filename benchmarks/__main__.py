@@ -1,9 +1,12 @@
-"""The command line: ``python -m benchmarks run|report|prepare``, a dispatcher."""
+"""The command line, ``python -m benchmarks run|report|prepare|speed``: a dispatcher.
+
+What is heavy is imported only by the command that needs it, so that --help answers at once.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +20,28 @@ from benchmarks.experiment import Experiment
 
 @dataclass(frozen=True)
 class Run:
-    """Train and evaluate the cells of an experiment that have no record yet, then report."""
+    """Train and evaluate the cells of an experiment that have no record yet, then report.
+
+    --tasks, --epochs, --precision and --set turn the experiment into another one, with a name of
+    its own (pmnist-custom-1a2b), whose records never fill the tables of the first.
+    """
 
     experiment: tyro.conf.Positional[str]
     """Name of the experiment: pmnist or quickstart."""
     methods: tuple[str, ...] = ()
-    """Names of the methods, such as clnp finetune single_task; none: the experiment's own."""
+    """Names of the methods, such as clnp finetune single_task. (default: the experiment's own)"""
     seeds: tuple[int, ...] = ()
-    """The seeds, such as 0 3; none: the experiment's own."""
+    """The seeds, such as 0 3. (default: the experiment's own)"""
     n_seeds: int | None = None
     """Number of seeds: 5 means 0 1 2 3 4."""
     tasks: int | None = None
-    """Number of tasks. Another number than the experiment's makes it a custom experiment."""
+    """Number of tasks."""
     epochs: int | None = None
-    """Epochs a task, for all methods. Makes it a custom experiment."""
+    """Epochs a task, for all methods."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Precision of forward passes. Another than the experiment's makes it a custom experiment."""
+    """Precision of forward passes; bf16 is autocast to bfloat16."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    """Settings of methods to change, such as clnp.margin=0.001 clnp.l1=1e-7,1e-5,1e-6."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -40,13 +49,50 @@ class Run:
     force: bool = False
     """Run recorded cells again."""
     data_dir: Path | None = None
-    """Folder of the data sets; default: the variable CLNP_DATA, else ./data."""
+    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
     records_dir: Path = Path("reports/records")
     """Folder of the records."""
     runs_dir: Path = Path("runs")
     """Folder of logs, W&B files and the state of unfinished cells."""
     out_dir: Path = Path("reports/out")
     """Folder of the generated tables and figures."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rebuild tables and figures from the records."""
+
+    experiments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of the experiments. (default: all that have records)"""
+    records_dir: Path = Path("reports/records")
+    """Folder of the records."""
+    out_dir: Path = Path("reports/out")
+    """Folder of the generated tables and figures."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Fetch, check and cache data sets."""
+
+    datasets: tyro.conf.Positional[tuple[str, ...]] = ("mnist",)
+    """Names of the data sets: mnist, cifar10, cifar100, digits."""
+    data_dir: Path | None = None
+    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
+    download: bool = True
+    """Download what is in none of the known places."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measure what the harness and the method cost next to a bare training loop."""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Speed, tyro.conf.subcommand("speed")]
+)
 
 
 def experiments() -> dict[str, type[Experiment]]:
@@ -57,10 +103,15 @@ def experiments() -> dict[str, type[Experiment]]:
     return {preset.preset: preset for preset in (PermutedMNIST, Quickstart)}
 
 
-def run(options: Run) -> int:
-    """Run a grid of cells and rebuild the report."""
+def experiment_of(options: Run) -> Experiment:
+    """Return the experiment that the options ask for.
+
+    Raises
+    ------
+    UserError
+        For an unknown name or an impossible value.
+    """
     from benchmarks.methods import pick
-    from benchmarks.runner import Places, pick_device, plan, run_grid
 
     presets = experiments()
     preset = presets[pick("experiment", options.experiment, presets)]
@@ -71,29 +122,89 @@ def run(options: Run) -> int:
     }
     if options.epochs is not None:
         overrides["method_epochs"] = False
+    return preset(**overrides, settings=options.settings)
+
+
+def run(options: Run) -> int:
+    """Run a grid of cells, rebuild the report and print its main table."""
+    from benchmarks.reporting import page
+    from benchmarks.runner import Places, pick_device, plan, run_grid
+
+    experiment = experiment_of(options)
     if options.seeds and options.n_seeds is not None:
         raise UserError("Give --seeds or --n-seeds, not both.")
-    seeds: Sequence[int] = options.seeds or preset.seeds
+    seeds: Sequence[int] = options.seeds or experiment.seeds
     if options.n_seeds is not None:
         seeds = range(options.n_seeds)
-    experiment = preset(**overrides)
-    grid = plan(experiment, options.methods or preset.methods, seeds)
-    return run_grid(
-        grid,
+    code = run_grid(
+        plan(experiment, options.methods or experiment.methods, seeds),
         Places(options.records_dir, options.runs_dir, options.data_dir),
         pick_device(options.device),
         options.wandb,
         options.force,
     )
+    if code in (0, 1):
+        print(page.build(options.records_dir, options.out_dir, [experiment.name]))
+        print(f"Tables and figures: {options.out_dir / 'index.html'}")
+    return code
+
+
+def report(options: Report) -> int:
+    """Rebuild the report and print its main table."""
+    from benchmarks.reporting import page
+
+    print(page.build(options.records_dir, options.out_dir, list(options.experiments) or None))
+    return 0
+
+
+def prepare(options: Prepare) -> int:
+    """Fetch, check and cache data sets."""
+    from benchmarks import data
+
+    data.prepare(options.datasets, options.data_dir, options.download)
+    return 0
+
+
+def speed() -> int:
+    """Print the ratios."""
+    from benchmarks import speed
+
+    speed.main()
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments
+        Without the program's name; None: those of the process.
+
+    Returns
+    -------
+    int
+        Exit code: 0; 1 if a cell failed; 2 for a mistake of the user; 130 or 143 if stopped.
+    """
+    # Avalanche imports a solver that we do not use and that complains about missing extras.
+    warnings.filterwarnings("ignore", message="no QP solver found")
+    options = tyro.cli(
+        Command,
+        args=arguments,
+        prog="python -m benchmarks",
+        description="Continual-learning experiments around CLNP.",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     try:
-        options = tyro.extras.subcommand_cli_from_dict(
-            {"run": Run}, args=arguments, prog="python -m benchmarks"
-        )
-        return run(options)
+        match options:
+            case Run():
+                return run(options)
+            case Report():
+                return report(options)
+            case Prepare():
+                return prepare(options)
+            case _:
+                return speed()
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from benchmarks import records
 from benchmarks.experiment import Experiment, canonical, changed, derive, digest
 from benchmarks.methods import Learner, Method, Settings, Setup
+from clnp import LogitDrift
 
 if TYPE_CHECKING:
     from benchmarks.data import Images
@@ -113,16 +114,16 @@ class Monitor(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyped
         self._steps = 0
         self._started = 0.0
 
-    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def before_training_epoch(self, _strategy: Any, **_: Any) -> None:
         """Begin a new sum."""
         self._sum, self._steps, self._started = 0.0, 0, time.perf_counter()
 
-    def after_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         """Add the loss of the batch."""
         self._sum = self._sum + strategy.loss.detach()
         self._steps += 1
 
-    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def after_training_epoch(self, strategy: Any, **_: Any) -> None:
         """Tell the epoch's values."""
         # logging(): an experience in training hides its index.
         task = strategy.experience.logging().current_experience
@@ -244,27 +245,6 @@ def run(
     dict
         The record, to be written by the caller.
     """
-    try:
-        from clnp import LogitDrift
-    except ImportError:  # TODO: remove once clnp.LogitDrift exists
-        from avalanche.evaluation import PluginMetric
-
-        class LogitDrift(PluginMetric):
-            def drift(self):
-                return {t: None for t in range(100)}
-
-            def state_dict(self):
-                return {}
-
-            def load_state_dict(self, s):
-                pass
-
-            def result(self):
-                return None
-
-            def reset(self):
-                pass
-
     started = time.perf_counter()
     drift = LogitDrift()
     monitor = Monitor(announce)

@@ -6,19 +6,20 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 import torch
 import tyro
 from avalanche.benchmarks import CLScenario
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
-from torch import nn
+from torch import Tensor, nn
 
 from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, derive
 from benchmarks.scenarios import ResidentData
+from clnp import CLNPPlugin
 
 State = dict[str, Any]
 
@@ -102,13 +103,13 @@ class LinearDecay(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyp
         self._base: list[float] = []
         self._steps = self._step = 0
 
-    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Start the schedule anew."""
         groups = strategy.optimizer.param_groups
         self._base = [group["lr"] for group in groups]
         self._steps, self._step = strategy.train_epochs * len(strategy.dataloader), 0
 
-    def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def before_update(self, strategy: Any, **_: Any) -> None:
         """Set the learning rate of the coming step."""
         done, self._step = self._step / self._steps, self._step + 1
         if done > self.decay_from:
@@ -116,7 +117,7 @@ class LinearDecay(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyp
             for group, base in zip(strategy.optimizer.param_groups, self._base, strict=True):
                 group["lr"] = base * factor
 
-    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Give the optimizer its own learning rate back."""
         for group, base in zip(strategy.optimizer.param_groups, self._base, strict=True):
             group["lr"] = base
@@ -226,11 +227,18 @@ class SingleTaskLearner(Learner):
 
 
 class CLNPLearner(Learner):
-    """The network under CLNP."""
+    """The network under CLNP.
 
-    def __init__(self, strategy: Any, plugin: Any) -> None:
+    Parameters
+    ----------
+    example
+        (N, ...) inputs with which a restored plugin traces the network.
+    """
+
+    def __init__(self, strategy: Any, plugin: CLNPPlugin, example: Tensor) -> None:
         super().__init__(strategy)
         self.plugin = plugin
+        self.example = example
 
     def state(self) -> State:
         """Return the plugin's state, which holds the used part of the weights."""
@@ -238,7 +246,7 @@ class CLNPLearner(Learner):
 
     def restore(self, state: State) -> None:
         """Give the state back to the plugin, which writes the weights."""
-        self.plugin.restore(self.strategy, state)
+        self.plugin.load_state_dict(state, self.strategy.model, self.example)
 
     def capacity(self) -> list[dict[str, Any]]:
         """Return the rows of `CLNPPlugin.capacity`."""
@@ -299,9 +307,13 @@ class Method(Generic[S]):
 
 
 def _change(settings: S, name: str, value: str) -> S:
-    """Return settings with one of them changed to what a text says."""
-    fields = {field.name: field.type for field in dataclasses.fields(settings)}
-    raise NotImplementedError(fields, name, value)
+    """Return settings with one of them changed to what a text says, such as ``"1e-5,1e-4"``."""
+    kind = get_type_hints(type(settings))[name]
+    try:
+        parsed = tyro.cli(kind, args=value.split(","), console_outputs=False)
+    except SystemExit:
+        raise UserError(f"{value!r} is no value for the setting {name} ({kind}).") from None
+    return dataclasses.replace(settings, **{name: parsed})
 
 
 def _finetune(setup: Setup, settings: Settings) -> Learner:
@@ -314,17 +326,18 @@ def _single_task(setup: Setup, settings: Settings) -> Learner:
 
 
 def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
-    from clnp import CLNPPlugin
-
+    first = setup.scenario.streams["train"][0].dataset
+    example = torch.stack([first[i][0] for i in range(16)]).to(setup.device)
     plugin = CLNPPlugin(
         margin=settings.margin,
         l1=settings.l1[0] if len(settings.l1) == 1 else settings.l1,
         thresholds=settings.thresholds,
         head_bias=settings.head_bias,
         valid_stream=setup.scenario.streams["valid"],
+        example_input=example,
         seed=derive(setup.seed, "clnp"),
     )
-    return CLNPLearner(setup.strategy(settings, [plugin]), plugin)
+    return CLNPLearner(setup.strategy(settings, [plugin]), plugin, example)
 
 
 METHODS: dict[str, Method[Any]] = {

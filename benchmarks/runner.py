@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -17,9 +17,12 @@ from benchmarks import cell as cells
 from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError
-from benchmarks.experiment import Experiment
+from benchmarks.experiment import Experiment, canonical
 from benchmarks.methods import METHODS, pick
-from benchmarks.tracking import Mode, Tracker
+from benchmarks.tracking import Mode, Tracker, View
+
+if TYPE_CHECKING:
+    from benchmarks.data import Images
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "constraints.txt", "pyproject.toml", ":!tests", ":!benchmarks/reporting")
@@ -112,6 +115,9 @@ def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -
     ]
     for cell in grid:
         cell.method.settings_for(experiment)
+    for change in experiment.settings:
+        if change.partition(".")[0] not in methods:
+            raise UserError(f"{change} changes a method that is not run ({', '.join(methods)}).")
     return grid
 
 
@@ -119,7 +125,7 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM); handled like Ctrl-C."""
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+def _terminate(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
@@ -170,29 +176,53 @@ def run_grid(
     if git["dirty"]:
         print("The code has uncommitted changes: these records will fill no table of the paper.")
 
+    if not todo:
+        return 0
     failed = []
-    signal.signal(signal.SIGTERM, _terminate)
-    for cell in todo:
-        folder = cell.run_dir(places.runs)
-        tracker = Tracker(cell.name, folder, wandb)
-        try:
-            record = cells.run(cell, images, device, folder, git, tracker.announce)
-            records.write(cell.record_path(places.records), record)
-            (folder / cells.STATE).unlink(missing_ok=True)
-        except KeyboardInterrupt as stop:
-            tracker.close(failed=True)
-            print(
-                f"\nStopped in {cell.name}. Finished cells are recorded, and every finished task "
-                f"of this one is saved in {folder}: the same command goes on from there."
-            )
-            return 143 if isinstance(stop, Terminated) else 130
-        except Exception as error:
-            (folder / "traceback.txt").write_text(traceback.format_exc())
-            failed.append(f"{cell.name}: {type(error).__name__}: {error} ({folder}/traceback.txt)")
-            tracker.close(failed=True)
-        else:
-            (folder / "traceback.txt").unlink(missing_ok=True)
-            tracker.close()
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with View(len(todo)) as view:
+            for cell in todo:
+                if error := _run_one(cell, places, images, device, git, wandb, view):
+                    failed.append(error)
+    except KeyboardInterrupt as stop:
+        print(
+            f"Stopped in {cell.name}. Finished cells are recorded, and the finished tasks of this "
+            f"one are saved in {cell.run_dir(places.runs)}: the same command goes on from there."
+        )
+        return 143 if isinstance(stop, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failed:
         print(f"{len(failed)} of {len(todo)} cells failed:", *failed, sep="\n  ")
     return 1 if failed else 0
+
+
+def _run_one(
+    cell: Cell,
+    places: Places,
+    images: Images,
+    device: torch.device,
+    git: dict[str, Any],
+    wandb: Mode,
+    view: View,
+) -> str | None:
+    """Run a cell and write its record; return what went wrong, or None."""
+    folder = cell.run_dir(places.runs)
+    trace = folder / "traceback.txt"
+    tracker = Tracker(folder, wandb, view)
+    failed = True
+    try:
+        record = cells.run(cell, images, device, folder, git, tracker.announce)
+        records.write(cell.record_path(places.records), record)
+        (folder / cells.STATE).unlink(missing_ok=True)
+        trace.unlink(missing_ok=True)
+        failed = False
+    except Exception as error:  # whatever it is, the other cells go on
+        text = f"{type(error).__name__}: {error}"
+        trace.write_text(f"{cell.name}\n{canonical(cell.config)}\n\n{traceback.format_exc()}")
+        tracker.announce({"event": "failed", "error": text})
+        return f"{cell.name}: {text} (see {trace})"
+    finally:
+        tracker.close(failed)
+    return None

@@ -1,37 +1,272 @@
-"""What happens in a cell, as events: a JSONL log, lines on the terminal, a mirror at W&B."""
+"""What happens in a cell, as events: a JSONL log, a view on the terminal, a mirror at W&B.
+
+An event is a dict whose key ``event`` is start, epoch, task, end or failed (see `benchmarks.cell`).
+It is announced once; each of the three here makes of it what it can show.
+"""
 
 from __future__ import annotations
 
 import json
+import netrc
+import os
+import sys
 import time
+import uuid
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 Mode = Literal["auto", "online", "offline", "disabled"]
+Event = dict[str, Any]
+
+LINE_EVERY = 60.0
+"""Seconds between two lines on epochs where there is no terminal."""
+
+
+def percent(fraction: float) -> str:
+    """Return an accuracy as people read it."""
+    return f"{100 * fraction:.2f} %"
+
+
+class View:
+    """Progress of the grid: bars on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, cells: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._grid = self.progress.add_task("cells", total=cells, detail=f"0/{cells}")
+        self._cells = cells
+        self._cell: TaskID | None = None
+        self._name = ""
+        self._tasks = 0
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Show the bars."""
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Take the bars down."""
+        self.progress.stop()
+
+    def line(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._last_line = time.monotonic()
+
+    def announce(self, event: Event) -> None:
+        """Show an event."""
+        match event["event"]:
+            case "start":
+                self._name, self._tasks = event["cell"], event["tasks"]
+                if event["ignored"]:
+                    self.line(f"{self._name}: {event['ignored']}")
+                if event["learnt"]:
+                    self.line(f"{self._name}: going on after task {event['learnt']}/{self._tasks}")
+                self._cell = self.progress.add_task(
+                    self._name, total=self._tasks, completed=event["learnt"], detail=""
+                )
+            case "epoch":
+                self._epoch(event)
+            case "task":
+                seen = [value for value in event["accuracy"]["test"] if value is not None]
+                self.line(
+                    f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
+                    f"{event['seconds']:.0f} s, test {percent(seen[-1])}, "
+                    f"mean of the learnt {percent(sum(seen) / len(seen))}"
+                )
+            case "end" | "failed":
+                if self._cell is not None:
+                    self.progress.remove_task(self._cell)
+                    self._cell = None
+                done = self.progress.tasks[0].completed + 1
+                self.progress.update(self._grid, completed=done, detail=f"{done:.0f}/{self._cells}")
+                if event["event"] == "failed":
+                    self.line(f"{self._name} failed: {event['error']}")
+
+    def _epoch(self, event: Event) -> None:
+        detail = (
+            f"task {event['task'] + 1}/{self._tasks} epoch {event['epoch'] + 1}/{event['epochs']} "
+            f"loss {event['loss']:.4f}"
+        )
+        if event["validation"] is not None:
+            detail += f" validation {percent(event['validation'])}"
+        if self._cell is not None:
+            done = event["task"] + (event["epoch"] + 1) / event["epochs"]
+            self.progress.update(self._cell, completed=done, detail=detail)
+        if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_EVERY:
+            self.line(f"{self._name}: {detail}")
+
+
+class Log:
+    """The JSONL file of a cell: an event a line, each with the time in seconds since 1970."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "log.jsonl").open("a")
+
+    def announce(self, event: Event) -> None:
+        """Append an event."""
+        self._file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def logged_in() -> bool:
+    """Return whether this machine can log on to W&B: by WANDB_API_KEY or a netrc entry."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Mirror:
+    """The cell's run at Weights & Biases. Whatever fails there is told once, and training goes on.
+
+    Parameters
+    ----------
+    folder
+        The cell's folder; W&B writes into its ``wandb`` folder.
+    mode
+        ``auto``: WANDB_MODE if it is set, else online when logged in, else offline.
+    """
+
+    def __init__(self, folder: Path, mode: Mode) -> None:
+        self.folder = folder
+        self.mode: Any = mode
+        if mode == "auto":
+            self.mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        self._run: Any = None
+        self._off = self.mode == "disabled"
+
+    def announce(self, event: Event) -> None:
+        """Mirror an event."""
+        if self._off:
+            return
+        try:
+            if event["event"] == "start":
+                self._start(event)
+            else:
+                self._log(event)
+        except Exception as error:  # W&B may fail in any way; the record does not depend on it
+            self._give_up(error)
+
+    def close(self, failed: bool = False) -> None:
+        """End the run."""
+        if self._run is None or self._off:
+            return
+        try:
+            self._run.finish(exit_code=int(failed))
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._off = True
+        print(f"W&B is off for this cell: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _start(self, event: Event) -> None:
+        import wandb
+
+        # A resumed cell goes on in its run; a new start of the same cell is a new run.
+        name = self.folder / "wandb-id"
+        if not (event["learnt"] and name.exists()):
+            name.write_text(f"{event['hash'][:8]}-{uuid.uuid4().hex[:8]}")
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "clnp"),
+            name=event["cell"],
+            group=event["config"]["experiment"]["name"],
+            id=name.read_text(),
+            resume="allow",
+            config={**event["config"], "hash": event["hash"]},
+            dir=self.folder,
+            mode=self.mode,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                init_timeout=30,
+                finish_timeout=60,
+            ),
+        )
+
+    def _log(self, event: Event) -> None:
+        import wandb
+
+        match event["event"]:
+            case "epoch":
+                keys = ("task", "epoch", "loss", "validation", "seconds")
+                values = {f"epoch/{key}": event[key] for key in keys if event[key] is not None}
+                self._run.log(values)
+            case "task":
+                values = {"task": event["task"], "task/seconds": event["seconds"]}
+                for stream, row in event["accuracy"].items():
+                    for task, value in enumerate(row):
+                        if value is not None:
+                            values[f"{stream}/task {task}"] = value
+                for row in event["capacity"]:
+                    for key in ("used", "new", "reused", "free"):
+                        values[f"capacity/{row['layer']}/{key}"] = row[key]
+                self._run.log(values)
+            case "end":
+                for stream, matrix in event["accuracy"].items():
+                    table = wandb.Table(
+                        columns=["after task", *(f"task {j}" for j in range(len(matrix)))],
+                        data=[[i, *row] for i, row in enumerate(matrix)],
+                    )
+                    self._run.log({f"{stream}/matrix": table})
+                    self._run.summary[f"{stream}/accuracy"] = matrix
+                self._run.summary["logit_drift"] = event["logit_drift"]
 
 
 class Tracker:
-    """Writes each event of a cell to its log."""
+    """All that follows one cell.
 
-    def __init__(self, name: str, folder: Path, wandb: Mode) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.name = name
-        self.log = (folder / "log.jsonl").open("a")
-        self._last = 0.0
+    Parameters
+    ----------
+    folder
+        The cell's folder, made if need be.
+    mode
+        See `Mirror`.
+    view
+        The grid's view.
+    """
 
-    def announce(self, event: dict[str, Any]) -> None:
-        """Log an event."""
-        self.log.write(json.dumps({"time": time.time(), **event}) + "\n")
-        self.log.flush()
-        now = time.monotonic()
-        if event["event"] == "task" or now - self._last > 30:
-            self._last = now
-            print(
-                self.name,
-                {k: v for k, v in event.items() if k not in ("config", "capacity")},
-                flush=True,
-            )
+    def __init__(self, folder: Path, mode: Mode, view: View) -> None:
+        self._log = Log(folder)
+        self._mirror = Mirror(folder, mode)
+        self._view = view
+
+    def announce(self, event: Event) -> None:
+        """Pass an event on to the log, the view and the mirror."""
+        self._log.announce(event)
+        self._view.announce(event)
+        self._mirror.announce(event)
 
     def close(self, failed: bool = False) -> None:
-        """Close the log."""
-        self.log.close()
+        """Close the log and end the mirror's run."""
+        self._log.close()
+        self._mirror.close(failed)
