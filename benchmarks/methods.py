@@ -13,7 +13,7 @@ import tyro
 from avalanche.benchmarks import CLScenario
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
-from torch import Tensor, nn
+from torch import nn
 
 from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError
@@ -227,18 +227,11 @@ class SingleTaskLearner(Learner):
 
 
 class CLNPLearner(Learner):
-    """The network under CLNP.
+    """The network under CLNP."""
 
-    Parameters
-    ----------
-    example
-        (N, ...) inputs with which a restored plugin traces the network.
-    """
-
-    def __init__(self, strategy: Any, plugin: CLNPPlugin, example: Tensor) -> None:
+    def __init__(self, strategy: Any, plugin: CLNPPlugin) -> None:
         super().__init__(strategy)
         self.plugin = plugin
-        self.example = example
 
     def state(self) -> State:
         """Return the plugin's state, which holds the used part of the weights."""
@@ -246,7 +239,7 @@ class CLNPLearner(Learner):
 
     def restore(self, state: State) -> None:
         """Give the state back to the plugin, which writes the weights."""
-        self.plugin.load_state_dict(state, self.strategy.model, self.example)
+        self.plugin.load_state_dict(state, self.strategy.model)
 
     def capacity(self) -> list[dict[str, Any]]:
         """Return the rows of `CLNPPlugin.capacity`."""
@@ -326,18 +319,15 @@ def _single_task(setup: Setup, settings: Settings) -> Learner:
 
 
 def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
-    first = setup.scenario.streams["train"][0].dataset
-    example = torch.stack([first[i][0] for i in range(16)]).to(setup.device)
     plugin = CLNPPlugin(
         margin=settings.margin,
         l1=settings.l1[0] if len(settings.l1) == 1 else settings.l1,
         thresholds=settings.thresholds,
         head_bias=settings.head_bias,
         valid_stream=setup.scenario.streams["valid"],
-        example_input=example,
         seed=derive(setup.seed, "clnp"),
     )
-    return CLNPLearner(setup.strategy(settings, [plugin]), plugin, example)
+    return CLNPLearner(setup.strategy(settings, [plugin]), plugin)
 
 
 METHODS: dict[str, Method[Any]] = {

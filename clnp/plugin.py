@@ -225,26 +225,31 @@ class CLNPPlugin(SupervisedPlugin):
             "by_label": self._by_label,
             "reused": [dict(r) for r in self._reused],
             "history": [dict(h) for h in self.history],
+            "example": self.example_input,
             "network": network.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module, example: Tensor) -> None:
-        """Go on from :meth:`state_dict` with a network of the same shape.
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on from :meth:`state_dict`.
 
         Parameters
         ----------
         state
             What :meth:`state_dict` gave.
         model
-            The network, on its device; its weights are overwritten where tasks use them.
-        example : (N, ...)
-            A batch of inputs for tracing.
+            A network of the same shape, on its device; its weights are overwritten where learnt
+            tasks use them.
+
+        Raises
+        ------
+        ValueError
+            If the network has another shape.
         """
         names = list(state["names"])
         self._by_label = state["by_label"]
-        first = names[0] if names else 0
-        single = self._single_head(model)
-        network = self._build(model, first, example, single)
+        self.example_input = state["example"]
+        example = state["example"].to(next(model.parameters()).device)
+        network = self._build(model, names[0], example, self._single_head(model))
         network.load_state_dict(state["network"])
         self._network = network
         self._names = names
