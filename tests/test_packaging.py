@@ -61,7 +61,9 @@ def test_citation_names_the_software_and_the_paper() -> None:
     assert "1903.04476" in paper["identifiers"][0]["value"]
 
 
-def test_changelog_speaks_of_this_version() -> None:
+def test_code_and_changelog_speak_of_this_version() -> None:
+    code = (ROOT / "clnp" / "__init__.py").read_text()
+    assert f'__version__ = "{PROJECT["version"]}"' in code
     assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
 
 
