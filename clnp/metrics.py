@@ -90,4 +90,7 @@ class LogitDrift(PluginMetric[float]):
 
 
 def _index(strategy: Any) -> int:
-    return int(getattr(strategy.experience, "current_experience", 0))
+    # logging(): an experience in train mode masks its index.
+    experience = strategy.experience
+    shown = experience.logging() if hasattr(experience, "logging") else experience
+    return int(getattr(shown, "current_experience", 0))

@@ -720,7 +720,9 @@ def _labels(experience: Any) -> list[int]:
 
 def _position(experience: Any, fallback: int) -> int:
     """The experience's index in its stream."""
-    return int(getattr(experience, "current_experience", fallback))
+    # logging(): an experience in train mode masks its index.
+    shown = experience.logging() if hasattr(experience, "logging") else experience
+    return int(getattr(shown, "current_experience", fallback))
 
 
 def _distinct_labels(experience: Any) -> bool:
