@@ -1,1 +1,1 @@
-"""From records to tables, figures and a page; no training code."""
+"""Reports: tables, figures, verdicts and a page, made from record files alone."""

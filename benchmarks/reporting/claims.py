@@ -1,0 +1,348 @@
+"""Verdicts on the paper's claims; every number of the paper comes from the targets files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.reporting.load import Cell, Targets, label
+from benchmarks.reporting.stats import (
+    backward_transfer,
+    equivalence,
+    holm,
+    mean_accuracy,
+    paired,
+    summarise,
+)
+from benchmarks.reporting.tables import (
+    Table,
+    by_method,
+    magnitude,
+    number,
+    p_value,
+    plus_minus,
+    seed_list,
+)
+
+NOT_MEASURED = "not yet measured"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What our records say about one claim."""
+
+    id: str
+    text: str
+    place: str
+    word: str
+    """reproduced, partly, not reproduced, not yet measured; with one seed consistent (n = 1),
+    partly consistent (n = 1) or not consistent (n = 1)."""
+    evidence: str
+    """The numbers that the word rests on, and n."""
+    reading: str
+    """When the claim counts as reproduced."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One testable half of a claim."""
+
+    n: int
+    holds: bool
+    """The mean lies where the claim says."""
+    shown: bool
+    """And this is more than chance, as far as n allows to say (TOST or an interval)."""
+    evidence: str
+
+
+class Missing(Exception):
+    """Records that a claim needs are not there; the message says which."""
+
+
+def verdict(claim: Targets, target: Targets, cells: Sequence[Cell]) -> Verdict:
+    """Return the verdict on one claim.
+
+    Parameters
+    ----------
+    claim
+        One entry of ``claims`` in a targets file.
+    target
+        The whole file.
+    cells
+        Cells of the file's experiment.
+    """
+    check = CHECKS.get(claim["id"])
+    try:
+        if check is None or not cells:
+            raise Missing("No records.")
+        parts = check(claim, target, cells)
+        word, evidence = judge(parts), " ".join(part.evidence for part in parts)
+    except Missing as missing:
+        word, evidence = NOT_MEASURED, str(missing)
+    return Verdict(
+        claim["id"], claim["text"], claim["place"], word, evidence, claim.get("reading", "")
+    )
+
+
+def judge(parts: Sequence[Part]) -> str:
+    """Return the word for a claim of several parts.
+
+    With two seeds or more a part counts fully only if it is *shown*; a part whose mean lies where
+    the claim says, without being shown, makes the claim "partly" at best. With one seed nothing
+    is ever "reproduced".
+    """
+    if min(part.n for part in parts) == 1:
+        fully = [part.holds for part in parts]
+        words = ("consistent (n = 1)", "partly consistent (n = 1)", "not consistent (n = 1)")
+    else:
+        fully = [part.shown and part.holds for part in parts]
+        words = ("reproduced", "partly", "not reproduced")
+    if all(fully):
+        return words[0]
+    return words[1] if any(part.holds for part in parts) else words[2]
+
+
+def _cells(cells: Sequence[Cell], method: str) -> list[Cell]:
+    mine = [cell for cell in cells if cell.method == method]
+    if not mine:
+        raise Missing(f"No record of {label(method)}.")
+    return mine
+
+
+def _n(seeds: Sequence[int]) -> str:
+    return f"n = {len(seeds)}, seed{'s' if len(seeds) > 1 else ''} {seed_list(seeds)}"
+
+
+def _near(
+    what: str,
+    seeds: Sequence[int],
+    values: Sequence[float],
+    aim: float,
+    margin: float,
+    alpha: float,
+) -> Part:
+    """Return whether values lie within `margin` of `aim`: by TOST from two seeds on."""
+    summary = summarise(list(values), 1 - alpha)
+    p = equivalence(list(values), aim, margin)
+    tost = f"; TOST p = {p_value(p)}".replace("= <", "<") if summary.n > 1 else ""
+    return Part(
+        n=summary.n,
+        holds=abs(summary.mean - aim) < margin,
+        shown=p < alpha,
+        evidence=f"{what}: {plus_minus(summary.mean, summary.sd)} "
+        f"against {aim:g} ± {margin:g} ({_n(seeds)}{tost}).",
+    )
+
+
+def _within(
+    what: str, seeds: Sequence[int], values: Sequence[float], low: float, high: float, alpha: float
+) -> Part:
+    """Return whether values lie between two bounds: by the interval of their mean."""
+    summary = summarise(list(values), 1 - alpha)
+    bounds = f"between {low:g} and {high:g}" if low > -np.inf else f"at most {high:g}"
+    return Part(
+        n=summary.n,
+        holds=low <= summary.mean <= high,
+        shown=summary.low >= low and summary.high <= high,
+        evidence=f"{what}: {plus_minus(summary.mean, summary.sd)} against {bounds} ({_n(seeds)}).",
+    )
+
+
+def accuracy(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """T1: our accuracy is the paper's, and that of single-task training."""
+    alpha = target["significance"]
+    mine = _cells(cells, claim["method"])
+    values = {cell.seed: mean_accuracy(cell.test) for cell in mine}
+    name, reference = label(claim["method"]), label(claim["reference"])
+    near = _near(
+        f"{name}, mean test accuracy in %",
+        list(values),
+        list(values.values()),
+        claim["accuracy"],
+        claim["margin"],
+        alpha,
+    )
+    theirs = {c.seed: mean_accuracy(c.test) for c in _cells(cells, claim["reference"])}
+    both = [seed for seed in values if seed in theirs]
+    if not both:
+        raise Missing(f"{name} and {reference} have no seed in common.")
+    differences = [values[seed] - theirs[seed] for seed in both]
+    return [
+        near,
+        _near(
+            f"{name} − {reference} in points",
+            both,
+            differences,
+            0,
+            claim["reference_margin"],
+            alpha,
+        ),
+    ]
+
+
+def order(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """T1-order: each method is above the next one."""
+    absent = [label(m) for m in claim["order"] if m not in {cell.method for cell in cells}]
+    if absent:
+        raise Missing(f"No record of {', '.join(absent)}.")
+    values = {
+        method: {cell.seed: mean_accuracy(cell.test) for cell in mine}
+        for method, mine in by_method(cells).items()
+    }
+    pairs = list(zip(claim["order"], claim["order"][1:], strict=False))
+    seeds = [sorted(values[above].keys() & values[below].keys()) for above, below in pairs]
+    if not all(seeds):
+        raise Missing("Neighbours in the order have no seed in common.")
+    results = [
+        paired([values[above][s] for s in common], [values[below][s] for s in common])
+        for (above, below), common in zip(pairs, seeds, strict=True)
+    ]
+    corrected = holm([result.p_t for result in results])
+    parts = []
+    for (above, below), common, result, p in zip(pairs, seeds, results, corrected, strict=True):
+        test = f"; p (Holm) = {p_value(p)}".replace("= <", "<") if result.n > 1 else ""
+        parts.append(
+            Part(
+                n=result.n,
+                holds=result.difference > 0,
+                shown=result.difference > 0 and p < target["significance"],
+                evidence=f"{label(above)} − {label(below)}: "
+                f"{number(result.difference, sign=True)} points ({_n(common)}{test}).",
+            )
+        )
+    return parts
+
+
+def _use(claim: Targets, target: Targets, cells: Sequence[Cell]) -> tuple[str, pd.DataFrame]:
+    """Return a layer's name and its use, one row a seed, one column a task (in %, from task 1)."""
+    mine = _cells(cells, claim["method"])
+    rows = {}
+    for cell in mine:
+        if cell.capacity.empty:
+            raise Missing(f"{cell.name} has no capacity.")
+        layers = list(dict.fromkeys(cell.capacity["layer"]))
+        if claim["layer"] >= len(layers):
+            raise Missing(f"{cell.name} has no hidden layer {claim['layer'] + 1}.")
+        name = layers[claim["layer"]]
+        of_layer = cell.capacity[cell.capacity["layer"] == name].sort_values("task")
+        if len(of_layer) != target["tasks"]:
+            raise Missing(f"{cell.name} has {len(of_layer)} of {target['tasks']} tasks.")
+        rows[cell.seed] = [100 * share for share in of_layer["used_fraction"]]
+    return str(name), pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _final_use(claim: Targets, target: Targets, name: str, shares: pd.DataFrame) -> Part:
+    return _near(
+        f"{name} after task {target['tasks']}, used in %",
+        list(shares.index),
+        list(shares.iloc[:, -1]),
+        claim["share"],
+        claim["margin"],
+        target["significance"],
+    )
+
+
+def slow_growth(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F3-first: little use is added after task 1, and the final share is the paper's."""
+    name, shares = _use(claim, target, cells)
+    return [
+        _within(
+            f"{name}, final use over use after task 1",
+            list(shares.index),
+            list(shares.iloc[:, -1] / shares.iloc[:, 0]),
+            -np.inf,
+            claim["growth"],
+            target["significance"],
+        ),
+        _final_use(claim, target, name, shares),
+    ]
+
+
+def linear_growth(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F3-second: the second half of the tasks takes as much as the first; final share."""
+    name, shares = _use(claim, target, cells)
+    half = shares.iloc[:, target["tasks"] // 2 - 1]
+    low, high = claim["linear"]
+    return [
+        _within(
+            f"{name}, use added by the second half of the tasks over that of the first",
+            list(shares.index),
+            list((shares.iloc[:, -1] - half) / half),
+            low,
+            high,
+            target["significance"],
+        ),
+        _final_use(claim, target, name, shares),
+    ]
+
+
+def lasting(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """P-25: only a run of that many tasks can tell; say how far ours got."""
+    cell = _cells(cells, claim["method"])[0]
+    raise Missing(f"Our runs have {len(cell.test)} tasks; {claim['tasks']} are needed.")
+
+
+def no_forgetting(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """ZERO: neither a logit nor an accuracy on an old task ever changes."""
+    mine = _cells(cells, claim["method"])
+    if any(np.isnan(cell.drift) for cell in mine):
+        raise Missing("A record has no logit drift.")
+    drift = max(cell.drift for cell in mine)
+    moved = max(float(np.nanmax(np.abs(cell.test - np.diag(cell.test)))) for cell in mine)
+    transfer = summarise([backward_transfer(cell.test) for cell in mine]).mean
+    exact = max(drift, moved) <= claim["drift"]
+    return [
+        Part(
+            n=len(mine),
+            holds=exact,
+            shown=exact,
+            evidence=f"Largest logit drift {magnitude(drift)}; largest change of an old task's "
+            f"test accuracy {magnitude(moved)} points, BWT {number(transfer, sign=True)} "
+            f"({_n([cell.seed for cell in mine])}).",
+        )
+    ]
+
+
+CHECKS: dict[str, Callable[[Targets, Targets, Sequence[Cell]], list[Part]]] = {
+    "T1": accuracy,
+    "T1-order": order,
+    "F3-first": slow_growth,
+    "F3-second": linear_growth,
+    "P-25": lasting,
+    "ZERO": no_forgetting,
+}
+"""How each claim is checked; one without an entry is not measured yet."""
+
+
+def claims_table(target: Targets, cells: Sequence[Cell]) -> Table:
+    """Return the verdicts on all claims of one targets file."""
+    verdicts = [verdict(claim, target, cells) for claim in target["claims"]]
+    frame = pd.DataFrame([vars(v) for v in verdicts])
+    text = frame.rename(
+        columns={
+            "id": "Claim",
+            "text": "The paper says",
+            "place": "Where",
+            "word": "Verdict",
+            "evidence": "Our numbers",
+            "reading": "Reproduced means",
+        }
+    )
+    return Table(
+        name="claims",
+        caption=f"The paper's claims ({target['source']})",
+        numbers=frame,
+        text=text,
+        notes=CLAIM_NOTES,
+        widths=(0.17, 0.08, 0.09, 0.27, 0.16),
+    )
+
+
+CLAIM_NOTES = (
+    "Reproduced: shown in every part, from two seeds on (accuracies and shares: TOST with the "
+    "margin of the targets file; others: the whole interval). Partly: some part lies where the "
+    "claim says, not all shown. One seed can only be consistent or not.",
+)

@@ -1,0 +1,247 @@
+"""Figures: frames in, pictures out. No number is computed here; its frame lies beside each."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.reporting.load import METHODS, label, rank
+
+COLUMN = 3.3
+"""Width of one column of a paper, in inches."""
+PAGE = 6.9
+"""Width of two columns."""
+PALETTE = sns.color_palette("colorblind")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "p", "*", "h", "<", ">", "d")
+RC = {
+    "pdf.fonttype": 42,  # embedded TrueType: text stays text, and journals accept it
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "grid.linewidth": 0.5,
+}
+CLOSE_UP = 2.5
+"""Points of accuracy in the close-up of the best methods."""
+ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth")
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One figure: its numbers and its files' bytes."""
+
+    name: str
+    """Stem of its files."""
+    caption: str
+    numbers: pd.DataFrame
+    pdf: bytes
+    png: bytes
+
+
+def style(method: str) -> tuple[tuple[float, float, float], str]:
+    """Return the colour and the marker that a method has everywhere."""
+    known = list(METHODS)
+    # A method that is not in the list yet must not take its colour from who else is plotted.
+    index = known.index(method) if method in METHODS else zlib.crc32(method.encode())
+    return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+
+
+@contextmanager
+def _theme() -> Iterator[None]:
+    with mpl.rc_context(mpl.rcParamsDefault):
+        sns.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=RC)
+        yield
+
+
+def _picture(name: str, caption: str, numbers: pd.DataFrame, figure: Figure) -> Picture:
+    """Render without anything that depends on the time, the place or the version."""
+    pdf, png = BytesIO(), BytesIO()
+    nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+    figure.savefig(pdf, format="pdf", metadata=nothing)
+    figure.savefig(png, format="png", dpi=220, metadata={"Software": None})
+    return Picture(name, caption, numbers, pdf.getvalue(), png.getvalue())
+
+
+def _task_axis(axes: Axes, tasks: int) -> None:
+    axes.set_xlim(0.5, tasks + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+
+
+def use(
+    frame: pd.DataFrame, name: str, caption: str, paper: Sequence[float] | None = None
+) -> Picture:
+    """Draw the use of each hidden layer after each task, as in the paper's Fig. 3.
+
+    Parameters
+    ----------
+    frame
+        Rows of one method from `tables.use_frame`.
+    name, caption
+        Of the figure.
+    paper
+        Shares (%) after the last task that the paper's text gives, one a layer.
+    """
+    layers = list(dict.fromkeys(frame["layer"]))
+    tasks = sorted(set(frame["task"]))
+    colours = sns.color_palette("crest", len(tasks))
+    width = 0.8 / len(tasks)
+    with _theme():
+        figure = Figure(figsize=(max(COLUMN, 1.4 * len(layers)), 2.3), layout="constrained")
+        axes = figure.subplots()
+        for i, task in enumerate(tasks):
+            part = frame[frame["task"] == task].set_index("layer").reindex(layers)
+            axes.bar(
+                [group - 0.4 + (i + 0.5) * width for group in range(len(layers))],
+                part["used"],
+                0.9 * width,
+                yerr=part["used_sd"] if part["used_sd"].notna().all() else None,
+                error_kw={"elinewidth": 0.6},
+                color=colours[i],
+                label=str(task),
+            )
+        for group, share in enumerate(paper or ()):
+            axes.hlines(
+                share,
+                group - 0.45,
+                group + 0.45,
+                "black",
+                "--",
+                lw=1.0,
+                zorder=3,
+                label="_paper" if group else "paper",
+            )
+        names = [
+            f"{ORDINALS[i]} layer" if len(layers) <= len(ORDINALS) else str(layer)
+            for i, layer in enumerate(layers)
+        ]
+        axes.set_xticks(range(len(layers)), names)
+        axes.grid(False, axis="x")
+        axes.set_ylabel("Used layer capacity (%)")
+        axes.set_ylim(0, None)
+        figure.legend(
+            *_tasks_first(*axes.get_legend_handles_labels()),
+            title="After task",
+            loc="outside right center",
+            frameon=False,
+            handlelength=1.4,
+            handleheight=0.7,
+            labelspacing=0.25,
+        )
+        return _picture(name, caption, frame, figure)
+
+
+def _tasks_first(handles: list[Any], names: list[str]) -> tuple[list[Any], list[str]]:
+    order = sorted(range(len(names)), key=lambda i: names[i] == "paper")
+    return [handles[i] for i in order], [names[i] for i in order]
+
+
+def matrix(
+    frame: pd.DataFrame, name: str, caption: str, title: str, tasks: int, lowest: float
+) -> Picture:
+    """Draw the accuracy matrix R of one method as a heat map.
+
+    Parameters
+    ----------
+    frame
+        From `tables.matrix_frame`.
+    name, caption, title
+        Of the figure.
+    tasks
+        Number of tasks.
+    lowest
+        Accuracy (%) at the dark end of the scale, the same for all methods.
+    """
+    numbers = range(1, tasks + 1)
+    wide = frame.pivot(index="after_task", columns="on_task", values="accuracy")
+    wide = wide.reindex(index=numbers, columns=numbers)
+    with _theme():
+        figure = Figure(figsize=(COLUMN, 2.8), layout="constrained")
+        axes = figure.subplots()
+        sns.heatmap(
+            wide,
+            ax=axes,
+            vmin=lowest,
+            vmax=100,
+            cmap="viridis",
+            square=True,
+            annot=tasks <= 12,
+            fmt=".1f",
+            annot_kws={"fontsize": 4.6 if tasks > 6 else 6.5},
+            linewidths=0.4,
+            cbar_kws={"label": "Test accuracy (%)", "shrink": 0.85},
+        )
+        axes.set_xlabel("on task $j$")
+        axes.set_ylabel("after task $i$")
+        axes.tick_params(axis="y", rotation=0)
+        axes.grid(False)
+        axes.set_title(title)
+        return _picture(name, caption, frame, figure)
+
+
+def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+    """Draw accuracies after each task: a line a method for its mean, a faint point a seed.
+
+    Parameters
+    ----------
+    frame
+        From `tables.over_tasks_frame`.
+    name, caption
+        Of the figure.
+    """
+    best = frame["learnt_tasks"].max()
+    panels = (
+        ("learnt_tasks", "Mean over tasks learnt so far", None),
+        ("learnt_tasks", "The same, close up", (best - CLOSE_UP, best + 0.1 * CLOSE_UP)),
+        ("first_task", "Task 1 alone", None),
+    )
+    methods = sorted(set(frame["method"]), key=rank)
+    tasks = int(frame["after_task"].max())
+    with _theme():
+        figure = Figure(figsize=(PAGE, 2.6), layout="constrained")
+        all_axes: Any = figure.subplots(1, 3)
+        for axes, (column, title, limits) in zip(all_axes, panels, strict=True):
+            for method in methods:
+                colour, marker = style(method)
+                mine = frame[frame["method"] == method]
+                seeds = mine[mine["seed"] != "mean"]
+                mean = mine[mine["seed"] == "mean"]
+                axes.plot(mean["after_task"], mean[column], color=colour, zorder=2)
+                axes.scatter(
+                    seeds["after_task"],
+                    seeds[column],
+                    s=14,
+                    marker=marker,
+                    color=colour,
+                    alpha=0.6,
+                    linewidths=0,
+                    zorder=3,
+                )
+            axes.set_title(title)
+            axes.set_xlabel("After task")
+            _task_axis(axes, tasks)
+            axes.set_ylim(limits)
+        all_axes[0].set_ylabel("Test accuracy (%)")
+        handles = [
+            Line2D([], [], color=style(m)[0], marker=style(m)[1], label=label(m)) for m in methods
+        ]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
+        )
+        return _picture(name, caption, frame, figure)

@@ -1,0 +1,221 @@
+"""Read records and targets; nothing doubtful gets through without a note that names it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from benchmarks.errors import UserError
+from benchmarks.experiment import canonical
+from benchmarks.records import read
+
+METHODS = {
+    "single_task": "Single task",
+    "ewc": "EWC",
+    "si": "SI",
+    "superposition": "Superposition",
+    "clnp": "CLNP",
+    "finetune": "Fine-tuning",
+    "joint": "Joint",
+    "packnet": "PackNet",
+    "lwf": "LwF",
+    "er": "ER",
+    "hat": "HAT",
+}
+"""Names for readers, in the order of the rows: the paper's Table 1 first."""
+
+Targets = dict[str, Any]
+
+
+def label(method: str) -> str:
+    """Return the name of a method for readers."""
+    return METHODS.get(method, method)
+
+
+def rank(method: str) -> tuple[int, str]:
+    """Return the sorting key of a method: known ones in the order of `METHODS`, then by name."""
+    return (list(METHODS).index(method) if method in METHODS else len(METHODS), method)
+
+
+def is_custom(experiment: str) -> bool:
+    """Tell whether an experiment is a preset with overrides, such as ``pmnist-custom-ab12``."""
+    return re.search(r"-custom-[0-9a-f]+$", experiment) is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One record, decoded for tables."""
+
+    method: str
+    seed: int
+    hash: str
+    test: npt.NDArray[np.float64]
+    """R, shape (tasks, tasks): test accuracy (%) on task j after task i; NaN if not measured."""
+    capacity: pd.DataFrame
+    """Columns task, layer, used, new, reused, free, used_fraction; no rows without capacity."""
+    drift: float
+    """Largest logit drift over the tasks; NaN if none was measured."""
+    trainable: int
+    stored: int
+    task_id: bool
+    minutes: float
+    """Training time."""
+    hardware: str
+    """What it ran on: hardware, device and number of threads."""
+    torch: str
+    commit: str
+    dirty: bool
+    settings: str
+    """Canonical JSON of the config."""
+
+    @property
+    def name(self) -> str:
+        """The cell's name in notes and tables, as in its file's name."""
+        return f"{self.method} seed{self.seed}-{self.hash[:8]}"
+
+
+def decode(record: dict[str, Any]) -> Cell:
+    """Turn a valid record into a cell.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If a field lacks what tables need.
+    """
+    drift = [value for value in record["logit_drift"] if value is not None]
+    environment = record["environment"]
+    columns = ["task", "layer", "used", "new", "reused", "free", "used_fraction"]
+    return Cell(
+        method=record["method"],
+        seed=record["seed"],
+        hash=record["hash"],
+        test=100 * np.array(record["accuracy"]["test"], dtype=np.float64),
+        capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
+        drift=float(max(drift)) if drift else float("nan"),
+        trainable=int(record["parameters"]["trainable"]),
+        stored=int(record["parameters"]["stored"]),
+        task_id=record["task_id_at_test"],
+        minutes=float(record["seconds"]["train"]) / 60,
+        hardware=f"{environment['hardware']}, {environment['device']}, "
+        f"{environment['threads']} threads",
+        torch=str(environment["torch"]),
+        commit=str(record["git"]["commit"]),
+        dirty=bool(record["git"]["dirty"]),
+        settings=canonical(record["config"]),
+    )
+
+
+def experiments(records_dir: Path) -> list[str]:
+    """Return the names of the experiments that have records, presets before custom ones."""
+    found = {path.parts[-3] for path in records_dir.glob("*/*/*.json")}
+    return sorted(found, key=lambda name: (is_custom(name), name))
+
+
+def cells(records_dir: Path, experiment: str, paper: bool) -> tuple[list[Cell], list[str]]:
+    """Read an experiment's cells.
+
+    Parameters
+    ----------
+    records_dir
+        Folder with ``<experiment>/<method>/seed<n>-<hash8>.json``.
+    experiment
+        Name of the experiment.
+    paper
+        Whether its table stands beside the paper's: then no record from a dirty tree is used.
+
+    Returns
+    -------
+    cells : list of Cell
+        In the order of the rows, then by seed.
+    notes : list of str
+        What was left out or needs a reader's attention, by name.
+    """
+    found: dict[tuple[str, int], list[Cell]] = defaultdict(list)
+    notes = []
+    for path in sorted((records_dir / experiment).glob("*/*.json")):
+        where = path.relative_to(records_dir).as_posix()
+        try:
+            record = read(path)
+        except UserError as error:
+            notes.append(f"Not used: {error}".replace(str(path), where))
+            continue
+        if (record["experiment"], record["method"]) != (experiment, path.parent.name):
+            notes.append(
+                f"Not used: {where} holds {record['method']} of {record['experiment']}; "
+                "it lies in the wrong folder."
+            )
+            continue
+        try:
+            cell = decode(record)
+        except (KeyError, TypeError, ValueError) as error:
+            notes.append(f"Not used: {where} is damaged: {error!r}.")
+            continue
+        if cell.dirty and paper:
+            notes.append(f"Not used: {where} comes from uncommitted code (git.dirty).")
+            continue
+        found[cell.method, cell.seed].append(cell)
+    kept = []
+    for same in found.values():
+        if len(same) == 1:
+            kept += same
+        else:
+            names = " and ".join(cell.name for cell in same)
+            notes.append(f"Not used: {names} are the same cell twice; delete the stale one.")
+    kept.sort(key=lambda cell: (rank(cell.method), cell.seed))
+    lengths = sorted({len(cell.test) for cell in kept})
+    if len(lengths) > 1:
+        # Means over streams of different lengths would have no meaning at all.
+        named = "; ".join(
+            f"{n} tasks: " + ", ".join(cell.name for cell in kept if len(cell.test) == n)
+            for n in lengths
+        )
+        notes.append(
+            f"Not used: any record of {experiment}, since they differ in their number of tasks "
+            f"({named}). Delete those that do not belong there."
+        )
+        kept = []
+    return kept, notes + _remarks(kept)
+
+
+def _remarks(kept: Sequence[Cell]) -> list[str]:
+    notes = []
+    for method in dict.fromkeys(cell.method for cell in kept):
+        mine = [cell for cell in kept if cell.method == method]
+        if len({cell.settings for cell in mine}) > 1:
+            notes.append(f"The seeds of {label(method)} ran with different settings or code.")
+    dirty = [cell.name for cell in kept if cell.dirty]
+    if dirty:
+        notes.append(f"From uncommitted code (git.dirty): {', '.join(dirty)}.")
+    return notes
+
+
+def targets(targets_dir: Path) -> dict[str, Targets]:
+    """Read the paper's numbers and claims.
+
+    Returns
+    -------
+    dict
+        Contents of each ``*.toml``, by experiment.
+
+    Raises
+    ------
+    UserError
+        If a file cannot be read, is not TOML or names no experiment.
+    """
+    found = {}
+    for path in sorted(targets_dir.glob("*.toml")):
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            found[str(content["experiment"])] = content
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is no targets file: {error}. Restore it from git.") from error
+    return found

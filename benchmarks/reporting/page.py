@@ -1,0 +1,280 @@
+"""From records to files: tables, figures, and one page that holds all of it and opens offline."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from benchmarks.errors import UserError
+from benchmarks.reporting import claims, figures, load, tables
+from benchmarks.reporting.figures import Picture
+from benchmarks.reporting.load import Cell, Targets, label
+from benchmarks.reporting.tables import Table
+
+REPORTS = Path(__file__).parents[2] / "reports"
+MARKERS = re.compile(r"(<!-- table:(?P<experiment>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """Everything that a report says about one experiment."""
+
+    experiment: str
+    title: str
+    custom: bool
+    headline: tuple[Table, ...]
+    """The main table, if there is one, and the verdicts."""
+    details: tuple[Table, ...]
+    pictures: tuple[Picture, ...]
+    notes: tuple[str, ...]
+
+
+def section(records_dir: Path, experiment: str, target: Targets | None) -> Section:
+    """Make the tables and figures of one experiment.
+
+    Parameters
+    ----------
+    records_dir
+        Folder of the records.
+    experiment
+        Its name; a custom one never meets the paper's table.
+    target
+        Its targets file; None if there is none.
+    """
+    beside = target if target and "table" in target else None
+    cells, notes = load.cells(records_dir, experiment, paper=beside is not None)
+    custom = load.is_custom(experiment)
+    headline: list[Table] = []
+    details: list[Table | None] = []
+    pictures: list[Picture] = []
+    if cells or beside:
+        headline.append(tables.main_table(cells, beside))
+    if target:
+        headline.append(claims.claims_table(target, cells))
+    if cells:
+        details = [
+            tables.comparison_table(cells, beside),
+            tables.per_task_table(cells),
+            tables.capacity_table(cells),
+            tables.seeds_table(cells),
+        ]
+        pictures = _pictures(cells, target)
+    else:
+        notes.append(f"No usable record of {experiment} yet.")
+    return Section(
+        experiment=experiment,
+        title=target["title"] if target else experiment,
+        custom=custom,
+        headline=tuple(headline),
+        details=tuple(table for table in details if table is not None),
+        pictures=tuple(pictures),
+        notes=tuple(notes),
+    )
+
+
+def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
+    groups = tables.by_method(cells)
+    note = tables.seeds_note(cells)
+    pictures = [
+        figures.over_tasks(
+            tables.over_tasks_frame(cells),
+            "over_tasks",
+            f"Test accuracy after each task; lines: means over seeds, points: seeds. {note}",
+        )
+    ]
+    use = tables.use_frame(cells)
+    paper = (target or {}).get("use", {})
+    for method in dict.fromkeys(use["method"]):
+        mine = use[use["method"] == method].reset_index(drop=True)
+        of_paper = paper.get("method") == method
+        caption = paper["caption"] if of_paper else "Share of each hidden layer's units in use"
+        pictures.append(
+            figures.use(
+                mine,
+                paper["file"] if of_paper else f"use_{method}",
+                f"{label(method)}: {caption}. {tables.seeds_note(groups[method])}"
+                + (" Dashed: what the paper's text says of the end." if of_paper else ""),
+                paper["paper"] if of_paper else None,
+            )
+        )
+    frames = {method: tables.matrix_frame(mine) for method, mine in groups.items()}
+    lowest = min(frame["accuracy"].min() for frame in frames.values())
+    for method, frame in frames.items():
+        pictures.append(
+            figures.matrix(
+                frame,
+                f"matrix_{method}",
+                f"{label(method)}: test accuracy on task j after task i, mean over seeds. "
+                f"{tables.seeds_note(groups[method])}",
+                label(method),
+                len(cells[0].test),
+                10 * (lowest // 10),
+            )
+        )
+    return pictures
+
+
+def build(
+    records_dir: Path,
+    out_dir: Path,
+    experiments: list[str] | None = None,
+    targets_dir: Path = REPORTS / "targets",
+) -> str:
+    """Write every table and figure, and ``index.html`` with all of it.
+
+    Parameters
+    ----------
+    records_dir
+        Folder with ``<experiment>/<method>/seed<n>-<hash8>.json``.
+    out_dir
+        Gets a folder an experiment (each table as .md, .tex, .csv; each figure as .pdf, .png,
+        .csv) and ``index.html``. The same records give the same bytes.
+    experiments
+        Those whose main tables are returned; None: all with records. The files always cover
+        every experiment with records or targets, so that the page never loses one.
+    targets_dir
+        Folder with the paper's numbers, one TOML file an experiment.
+
+    Returns
+    -------
+    str
+        Main tables and warnings as text, for a terminal.
+
+    Raises
+    ------
+    UserError
+        If a named experiment has neither records nor targets, or a file cannot be written.
+    """
+    targets = load.targets(targets_dir)
+    recorded = load.experiments(records_dir)
+    known = [*targets, *(name for name in recorded if name not in targets)]
+    for name in experiments or ():
+        if name not in known:
+            raise UserError(
+                f"No records of {name!r} in {records_dir}. There are: "
+                f"{', '.join(recorded) or 'none at all'}. Run it first: "
+                "python -m benchmarks run --help."
+            )
+    # What the paper has and nobody measured still has its claims on the page.
+    sections = [section(records_dir, name, targets.get(name)) for name in known]
+    try:
+        for part in sections:
+            _write(out_dir / part.experiment, part)
+        (out_dir / "index.html").write_text(_html(sections), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"Cannot write the report to {out_dir}: {error}.") from error
+    shown = recorded if experiments is None else experiments
+    if not recorded:
+        return (
+            f"No records in {records_dir} yet, so there is nothing to report. "
+            "Start with: nox -s quickstart.\n"
+        )
+    return "\n".join(_terminal(part) for part in sections if part.experiment in shown)
+
+
+def _write(folder: Path, part: Section) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in (*part.headline, *part.details):
+        for suffix, text in (
+            ("md", tables.whole_markdown(table)),
+            ("tex", tables.latex(table)),
+            ("csv", tables.csv(table.numbers)),
+        ):
+            path = folder / f"{table.name}.{suffix}"
+            path.write_text(text, encoding="utf-8", newline="\n")
+    for picture in part.pictures:
+        (folder / f"{picture.name}.pdf").write_bytes(picture.pdf)
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
+        (folder / f"{picture.name}.csv").write_text(
+            tables.csv(picture.numbers), encoding="utf-8", newline="\n"
+        )
+
+
+def _html(sections: Sequence[Section]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(tables.TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template("index.html.jinja").render(sections=sections)
+
+
+def _terminal(part: Section) -> str:
+    names = dict.fromkeys((part.title, part.experiment))
+    heading = ": ".join(names) + (" (custom settings)" if part.custom else "")
+    lines = [heading, "=" * len(heading), ""]
+    if part.headline and not part.headline[0].widths:
+        lines += [aligned(part.headline[0]), *part.headline[0].notes[-1:]]
+    return "\n".join([*lines, *part.notes, ""])
+
+
+def aligned(table: Table) -> str:
+    """Return a table of strings with padded columns, the first to the left, all others right."""
+    rows = [list(table.text.columns), *table.text.to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], ""])
+
+
+def readme_table(
+    records_dir: Path, experiment: str = "pmnist", targets_dir: Path = REPORTS / "targets"
+) -> str:
+    """Return the headline table as Markdown: the paper's rows and those of measured methods."""
+    target = load.targets(targets_dir).get(experiment)
+    beside = target if target and "table" in target else None
+    cells, _ = load.cells(records_dir, experiment, paper=beside is not None)
+    if not cells and beside is None:
+        raise UserError(f"No usable record of {experiment!r} in {records_dir}.")
+    table = tables.main_table(cells, beside)
+    text = table.text.copy()
+    both = text["Trainable"] + " / " + text["Stored"]
+    text["Trainable / stored"] = both.replace(f"{tables.NONE} / {tables.NONE}", tables.NONE)
+    shown = text[
+        [
+            column
+            for column in ("Method", "Paper, %", "Ours, %", "n", "BWT", "Logit drift", "Task id")
+            if column in text
+        ]
+        + ["Trainable / stored"]
+    ]
+    paper = beside["table"]["paper"] if beside else {}
+    keep = (table.numbers["n"] > 0) | table.numbers["method"].isin(list(paper))
+    return tables.markdown(shown[keep]) + "\n" + tables.seeds_note(cells) + "\n"
+
+
+def update_readme(path: Path, records_dir: Path, targets_dir: Path = REPORTS / "targets") -> None:
+    """Replace what stands between ``<!-- table:EXPERIMENT -->`` and ``<!-- /table -->``.
+
+    Raises
+    ------
+    UserError
+        If the file has no such markers, or cannot be read or written.
+    """
+    try:
+        old = path.read_text(encoding="utf-8")
+        if not MARKERS.search(old):
+            raise UserError(
+                f"{path} has no table to fill: put the lines <!-- table:pmnist --> and "
+                "<!-- /table --> where it belongs."
+            )
+        new = MARKERS.sub(
+            lambda m: m[1] + readme_table(records_dir, m["experiment"], targets_dir) + m[3], old
+        )
+        if new != old:
+            path.write_text(new, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"Cannot update {path}: {error}.") from error

@@ -1,0 +1,609 @@
+"""Tables: every number of a report, as frames and as Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from benchmarks.reporting.load import Cell, Targets, label, rank
+from benchmarks.reporting.stats import (
+    NAN,
+    backward_transfer,
+    holm,
+    mean_accuracy,
+    paired,
+    summarise,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+NONE = "—"
+REFERENCE = "clnp"
+"""The method that the others are compared with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One table: numbers for machines, text for readers."""
+
+    name: str
+    """Stem of its files."""
+    caption: str
+    numbers: pd.DataFrame
+    """As they go into the CSV."""
+    text: pd.DataFrame
+    """Strings, with the headings that readers see."""
+    notes: tuple[str, ...] = ()
+    widths: tuple[float, ...] = ()
+    """Shares of the page for columns of sentences (all but the first); () for numbers."""
+
+
+# ---------------------------------------------------------------- text of numbers
+
+
+def number(value: float | None, decimals: int = 2, sign: bool = False) -> str:
+    """Return a number with fixed decimals and a true minus; a dash if there is none."""
+    if value is None or pd.isna(value):
+        return NONE
+    value = round(float(value), decimals) + 0.0  # + 0.0: no "-0.00"
+    return f"{value:{'+' if sign and value else ''}.{decimals}f}".replace("-", "−")
+
+
+def plus_minus(mean: float | None, sd: float | None, decimals: int = 2) -> str:
+    """Return ``mean ± sd``, or the mean alone."""
+    if sd is None or pd.isna(sd):
+        return number(mean, decimals)
+    return f"{number(mean, decimals)} ± {number(sd, decimals)}"
+
+
+def interval(low: float, high: float, decimals: int = 2, sign: bool = False) -> str:
+    """Return ``low to high``, or a dash."""
+    if pd.isna(low):
+        return NONE
+    return f"{number(low, decimals, sign)} to {number(high, decimals, sign)}"
+
+
+def magnitude(value: float) -> str:
+    """Return a drift: "0" for exactly 0 alone, else two significant digits."""
+    if pd.isna(value):
+        return NONE
+    return "0" if value == 0 else f"{float(f'{value:.2g}'):g}"
+
+
+def count(value: Any) -> str:
+    """Return a number of parameters in thousands or millions, three significant digits."""
+    if pd.isna(value):
+        return NONE
+    for size, unit in ((1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:#.3g}".rstrip(".") + unit
+    return str(int(value))
+
+
+def duration(minutes: float) -> str:
+    """Return a time in seconds, minutes or hours."""
+    if pd.isna(minutes):
+        return NONE
+    if minutes < 2:
+        return f"{60 * minutes:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def p_value(p: float) -> str:
+    """Return a p value with three decimals."""
+    if pd.isna(p):
+        return NONE
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def seed_list(seeds: Sequence[int]) -> str:
+    """Return seeds in order, runs joined: ``0–4, 7``."""
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or NONE
+
+
+def seeds_note(cells: Sequence[Cell]) -> str:
+    """Return which seeds a table rests on, methods with the same seeds together."""
+    seeds: dict[str, list[str]] = {}
+    for method, mine in by_method(cells).items():
+        text = f"n = {len(mine)} (seeds {seed_list([cell.seed for cell in mine])})"
+        seeds.setdefault(text.replace("seeds", "seed") if len(mine) == 1 else text, []).append(
+            label(method)
+        )
+    if not seeds:
+        return "No records yet."
+    if len(seeds) == 1 and len(by_method(cells)) == 1:
+        return f"{next(iter(seeds))}."
+    return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in seeds.items()) + "."
+
+
+def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells of each method, in the order of the cells."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.method, []).append(cell)
+    return found
+
+
+# ---------------------------------------------------------------- frames of numbers
+
+
+def per_seed(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return one row a cell: its result, its cost and where it comes from."""
+    rows = [
+        {
+            "method": cell.method,
+            "seed": cell.seed,
+            "hash": cell.hash[:8],
+            "accuracy": mean_accuracy(cell.test),
+            "bwt": backward_transfer(cell.test),
+            "logit_drift": cell.drift,
+            "task_id_at_test": cell.task_id,
+            "trainable": cell.trainable,
+            "stored": cell.stored,
+            "train_minutes": cell.minutes,
+            "commit": cell.commit,
+            "hardware": cell.hardware,
+            "torch": cell.torch,
+            **{f"task_{j + 1}": value for j, value in enumerate(cell.test[-1])},
+        }
+        for cell in cells
+    ]
+    return pd.DataFrame(rows)
+
+
+def main_frame(cells: Sequence[Cell], paper: dict[str, Any], every: Sequence[str]) -> pd.DataFrame:
+    """Return one row a method: the paper's number, ours, and what it costs.
+
+    Parameters
+    ----------
+    cells
+        Cells of the experiment.
+    paper
+        Method -> {accuracy, sd}: the paper's numbers.
+    every
+        Methods that have a row even without a record.
+    """
+    groups = by_method(cells)
+    rows = []
+    for method in sorted({*every, *groups}, key=rank):
+        mine = groups.get(method, [])
+        values = [mean_accuracy(cell.test) for cell in mine]
+        ours = summarise(values)
+        theirs = paper.get(method, {})
+        drifts = [cell.drift for cell in mine if not np.isnan(cell.drift)]
+        rows.append(
+            {
+                "method": method,
+                "paper": theirs.get("accuracy", NAN),
+                "paper_sd": theirs.get("sd", NAN),
+                "mean": ours.mean,
+                "sd": ours.sd,
+                "low": ours.low,
+                "high": ours.high,
+                "n": ours.n,
+                "seeds": " ".join(str(cell.seed) for cell in mine),
+                "values": " ".join(f"{value:.4f}" for value in values),
+                "difference": ours.mean - theirs.get("accuracy", NAN),
+                "bwt": summarise([backward_transfer(cell.test) for cell in mine]).mean,
+                "logit_drift": max(drifts, default=NAN),
+                "task_id_at_test": mine[0].task_id if mine else None,
+                "trainable": round(np.mean([c.trainable for c in mine])) if mine else None,
+                "stored": round(np.mean([c.stored for c in mine])) if mine else None,
+                "train_minutes": summarise([cell.minutes for cell in mine]).mean,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    return frame.astype({"trainable": "Int64", "stored": "Int64", "task_id_at_test": "boolean"})
+
+
+def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return R of one method, averaged over its seeds.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns after_task and on_task (from 1), accuracy (%), n.
+    """
+    mean = np.mean([cell.test for cell in cells], axis=0)
+    return pd.DataFrame(
+        [
+            {"after_task": i + 1, "on_task": j + 1, "accuracy": mean[i, j], "n": len(cells)}
+            for i in range(len(mean))
+            for j in range(i + 1)
+            if not np.isnan(mean[i, j])
+        ],
+        columns=["after_task", "on_task", "accuracy", "n"],
+    )
+
+
+def over_tasks_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return accuracies after each task.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, seed ("mean" for the mean over seeds), after_task (from 1), learnt_tasks:
+        mean accuracy over the tasks learnt so far, first_task: accuracy on task 1, both in %.
+    """
+    rows = []
+    for method, mine in by_method(cells).items():
+        series: list[tuple[int | str, Any]] = [(cell.seed, cell.test) for cell in mine]
+        series.append(("mean", np.mean([cell.test for cell in mine], axis=0)))
+        for seed, matrix in series:
+            rows += [
+                {
+                    "method": method,
+                    "seed": seed,
+                    "after_task": i + 1,
+                    "learnt_tasks": matrix[i, : i + 1].mean(),
+                    "first_task": matrix[i, 0],
+                }
+                for i in range(len(matrix))
+            ]
+    return pd.DataFrame(rows).dropna(subset=["learnt_tasks"]).reset_index(drop=True)
+
+
+def use_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return the capacity of each layer after each task, over seeds.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, layer, task (from 1), used (% of the layer), used_sd, new, reused, free
+        (units, means), n; no rows if no method has capacity.
+    """
+    rows = []
+    for method, mine in by_method(cells).items():
+        frames = [cell.capacity for cell in mine if len(cell.capacity)]
+        if not frames:
+            continue
+        both = pd.concat(frames)
+        for layer in dict.fromkeys(both["layer"]):
+            for task, part in both[both["layer"] == layer].groupby("task", sort=True):
+                used = summarise(list(100 * part["used_fraction"]))
+                rows.append(
+                    {
+                        "method": method,
+                        "layer": layer,
+                        "task": int(str(task)) + 1,
+                        "used": used.mean,
+                        "used_sd": used.sd,
+                        **{key: part[key].mean() for key in ("new", "reused", "free")},
+                        "n": used.n,
+                    }
+                )
+    columns = ["method", "layer", "task", "used", "used_sd", "new", "reused", "free", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def comparison_frame(cells: Sequence[Cell], level: float) -> pd.DataFrame:
+    """Return paired per-seed differences of each method to `REFERENCE`, in points, with tests."""
+    groups = by_method(cells)
+    reference = {cell.seed: mean_accuracy(cell.test) for cell in groups.get(REFERENCE, [])}
+    rows = []
+    for method, mine in groups.items():
+        values = {c.seed: mean_accuracy(c.test) for c in mine if c.seed in reference}
+        if method == REFERENCE or not values:
+            continue
+        result = paired(list(values.values()), [reference[seed] for seed in values], level)
+        rows.append(
+            {
+                "method": method,
+                "n": result.n,
+                "seeds": " ".join(map(str, values)),
+                "difference": result.difference,
+                "low": result.low,
+                "high": result.high,
+                "p_t": result.p_t,
+                "p_permutation": result.p_permutation,
+            }
+        )
+    frame = pd.DataFrame(
+        rows,
+        columns=["method", "n", "seeds", "difference", "low", "high", "p_t", "p_permutation"],
+    )
+    frame["p_t_holm"] = holm(list(frame["p_t"]))
+    return frame
+
+
+# ---------------------------------------------------------------- tables for readers
+
+
+def _strings(
+    frame: pd.DataFrame, columns: dict[str, Callable[[pd.Series[Any]], str]]
+) -> pd.DataFrame:
+    """Return a frame of strings: one column a heading, made row by row."""
+    return pd.DataFrame(
+        {heading: [make(row) for _, row in frame.iterrows()] for heading, make in columns.items()}
+    )
+
+
+def main_table(cells: Sequence[Cell], target: Targets | None) -> Table:
+    """Return the main table: Table 1 beside the paper's numbers, or ours alone.
+
+    Parameters
+    ----------
+    cells
+        Cells of the experiment.
+    target
+        Contents of its targets file; None if the paper has no such table.
+    """
+    head = target["table"] if target else {}
+    paper = head.get("paper", {})
+    every = sorted({*paper, *EXPECTED}, key=rank) if target else []
+    frame = main_frame(cells, paper, every)
+    level = confidence(target)
+    columns: dict[str, Callable[[pd.Series[Any]], str]] = {"Method": lambda r: label(r["method"])}
+    if target:
+        columns["Paper, %"] = lambda r: plus_minus(r["paper"], r["paper_sd"])
+    columns["Ours, %"] = ours
+    columns[f"{100 * level:.0f} % interval"] = lambda r: interval(r["low"], r["high"])
+    columns["n"] = lambda r: str(r["n"]) if r["n"] else NONE
+    if target:
+        columns["Difference"] = lambda r: number(r["difference"], sign=True)
+    columns |= {
+        "BWT": lambda r: number(r["bwt"], sign=True),
+        "Logit drift": lambda r: magnitude(r["logit_drift"]),
+        "Task id": lambda r: yes_no(r["task_id_at_test"]),
+        "Trainable": lambda r: count(r["trainable"]),
+        "Stored": lambda r: count(r["stored"]),
+        "Training": lambda r: duration(r["train_minutes"]),
+    }
+    notes = [
+        "Ours: mean ± sample deviation over seeds; one seed: n = 1, no deviation, no interval.",
+        "BWT: backward transfer in points, mean change of a task's accuracy from just after "
+        "learning it to the end. Logit drift: largest change of any old task's logits. Task id: "
+        "needed at test. Trainable: numbers in the network. Stored: numbers needed to run all "
+        f"tasks. Training: time of one seed, {hardware(cells)}.",
+        seeds_note(cells),
+    ]
+    if target:
+        notes.insert(0, f"Paper: {target['source']}, {head['place']}; difference: ours − paper.")
+    return Table(
+        name=head.get("file", "main"),
+        caption=head.get("caption", "Mean test accuracy over all tasks after the last one"),
+        numbers=frame,
+        text=_strings(frame, columns),
+        notes=tuple(notes),
+    )
+
+
+def hardware(cells: Sequence[Cell]) -> str:
+    """Return what the cells ran on; times on different hardware cannot be compared."""
+    found = sorted({cell.hardware for cell in cells})
+    if len(found) > 1:
+        return f"not comparable, since on different hardware ({'; '.join(found)})"
+    return f"on {found[0]}" if found else "none yet"
+
+
+EXPECTED = ("finetune", "joint", "packnet", "lwf", "er", "hat")
+"""Methods that belong beside the paper's and have a row in its table before they have a record."""
+
+
+def ours(row: pd.Series[Any]) -> str:
+    """Return our result: ``mean ± sd``, ``mean (n = 1)`` or a dash."""
+    if row["n"] == 1:
+        return f"{number(row['mean'])} (n = 1)"
+    return plus_minus(row["mean"], row["sd"])
+
+
+def yes_no(value: Any) -> str:
+    """Return yes, no or a dash."""
+    return NONE if pd.isna(value) else "yes" if value else "no"
+
+
+def confidence(target: Targets | None) -> float:
+    """Return the level of intervals."""
+    return 1.0 - float(target["significance"]) if target else 0.95
+
+
+def seeds_table(cells: Sequence[Cell]) -> Table:
+    """Return every seed's result and where it comes from."""
+    frame = per_seed(cells)
+    return Table(
+        name="seeds",
+        caption="Every seed",
+        numbers=frame,
+        text=_strings(
+            frame,
+            {
+                "Method": lambda r: label(r["method"]),
+                "Seed": lambda r: str(r["seed"]),
+                "Accuracy, %": lambda r: number(r["accuracy"]),
+                "BWT": lambda r: number(r["bwt"], sign=True),
+                "Logit drift": lambda r: magnitude(r["logit_drift"]),
+                "Training": lambda r: duration(r["train_minutes"]),
+                "Cell": lambda r: r["hash"],
+                "Commit": lambda r: r["commit"][:8],
+                "torch": lambda r: r["torch"],
+                "Hardware": lambda r: r["hardware"],
+            },
+        ),
+    )
+
+
+def per_task_table(cells: Sequence[Cell]) -> Table:
+    """Return the accuracy on each task after the last one, mean over seeds."""
+    tasks = range(len(cells[0].test))
+    rows = []
+    for method, mine in by_method(cells).items():
+        last = [summarise([cell.test[-1, j] for cell in mine]) for j in tasks]
+        just = [summarise([cell.test[j, j] for cell in mine]) for j in tasks]
+        rows += [
+            {
+                "method": method,
+                "task": j + 1,
+                "just_learnt": just[j].mean,
+                "at_the_end": last[j].mean,
+                "at_the_end_sd": last[j].sd,
+                "n": last[j].n,
+            }
+            for j in tasks
+        ]
+    frame = pd.DataFrame(rows)
+    text = pd.DataFrame(
+        [
+            {
+                "Method": label(str(method)),
+                "n": str(part["n"].max()),
+                **{
+                    f"Task {task}": number(value)
+                    for task, value in zip(part["task"], part["at_the_end"], strict=True)
+                },
+            }
+            for method, part in frame.groupby("method", sort=False)
+        ]
+    )
+    return Table(
+        name="per_task",
+        caption="Test accuracy (%) on each task after the last one, mean over seeds",
+        numbers=frame,
+        text=text,
+        notes=(
+            "The CSV also has the accuracy just after learning and deviations.",
+            seeds_note(cells),
+        ),
+    )
+
+
+def capacity_table(cells: Sequence[Cell]) -> Table | None:
+    """Return used, new and reused units per layer and task; None if no method has capacity."""
+    frame = use_frame(cells)
+    if frame.empty:
+        return None
+    quantities = {"used": "used, %", "new": "new units", "reused": "reused units"}
+    tasks = sorted(set(frame["task"]))
+    rows = []
+    for (method, layer), part in frame.groupby(["method", "layer"], sort=False):
+        at = part.set_index("task")
+        for key, heading in quantities.items():
+            rows.append(
+                {
+                    "Method": label(str(method)),
+                    "Layer": str(layer),
+                    "After task": heading,
+                    **{
+                        str(t): number(at[key].get(t, NAN), 1 if key == "used" else 0)
+                        for t in tasks
+                    },
+                }
+            )
+    having = [cell for cell in cells if len(cell.capacity)]
+    return Table(
+        name="capacity",
+        caption="Units per hidden layer after each task, mean over seeds",
+        numbers=frame,
+        text=pd.DataFrame(rows),
+        notes=(
+            "Used: units of any task so far. New: first used by this task. Reused: older units "
+            "that this task reads.",
+            seeds_note(having),
+        ),
+    )
+
+
+def comparison_table(cells: Sequence[Cell], target: Targets | None) -> Table | None:
+    """Return the methods against `REFERENCE`; None if there is nothing to compare."""
+    level = confidence(target)
+    frame = comparison_frame(cells, level)
+    if frame.empty:
+        return None
+    notes = [
+        f"Difference of mean accuracy to {label(REFERENCE)} in points, over the seeds that both "
+        "have. p: paired t test; Holm: corrected over the methods; permutation: exact, by "
+        "flipping signs.",
+    ]
+    if (frame["n"] < 2).any():
+        notes.append("One seed in common allows no test.")
+    most = int(frame["n"].max())
+    if 2 <= most < 6:
+        notes.append(
+            f"With {most} seeds the permutation test cannot go below p = {2.0 ** (1 - most):g}."
+        )
+    text = _strings(
+        frame,
+        {
+            "Method": lambda r: label(r["method"]),
+            "n": lambda r: str(r["n"]),
+            "Difference": lambda r: number(r["difference"], sign=True),
+            f"{100 * level:.0f} % interval": lambda r: interval(r["low"], r["high"], sign=True),
+            "p": lambda r: p_value(r["p_t"]),
+            "p (Holm)": lambda r: p_value(r["p_t_holm"]),
+            "p (permutation)": lambda r: p_value(r["p_permutation"]),
+        },
+    )
+    return Table("comparisons", f"Methods against {label(REFERENCE)}", frame, text, tuple(notes))
+
+
+# ---------------------------------------------------------------- files
+
+
+def csv(frame: pd.DataFrame) -> str:
+    """Return a frame as CSV, rounded to eight significant digits (last bits differ by machine)."""
+    return frame.to_csv(index=False, float_format="%.8g", lineterminator="\n")
+
+
+def markdown(text: pd.DataFrame, prose: bool = False) -> str:
+    """Return a frame of strings as a Markdown table; numbers to the right, prose to the left."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |\n"
+
+    rule = ["---", *["---" if prose else "---:"] * (len(text.columns) - 1)]
+    return line(list(text.columns)) + line(rule) + "".join(map(line, text.to_numpy().tolist()))
+
+
+TEX = {
+    "\\": r"\textbackslash{}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "—": "---",
+    "–": "--",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+}
+
+
+def escape_tex(text: str) -> str:
+    """Return text with LaTeX's special characters escaped."""
+    return "".join(TEX.get(character, character) for character in text)
+
+
+def latex(table: Table) -> str:
+    """Return a table as a LaTeX float (packages booktabs and graphicx)."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        block_start_string=r"\BLOCK{",
+        block_end_string="}",
+        variable_start_string=r"\VAR{",
+        variable_end_string="}",
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["tex"] = escape_tex
+    return environment.get_template("table.tex.jinja").render(
+        table=table, headings=list(table.text.columns), rows=table.text.to_numpy().tolist()
+    )
+
+
+def whole_markdown(table: Table) -> str:
+    """Return a table with its caption and notes as Markdown."""
+    notes = "".join(f"\n{note}\n" for note in table.notes)
+    return f"**{table.caption}**\n\n{markdown(table.text, bool(table.widths))}{notes}"

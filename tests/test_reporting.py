@@ -1,0 +1,519 @@
+"""Reports are tested on committed made-up records (tests/fixtures/make_records.py).
+
+Golden files: after an intended change run with UPDATE_GOLDEN=1 and read the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from benchmarks.errors import UserError
+from benchmarks.records import path_of, read, write
+from benchmarks.reporting import claims, load, page, stats, tables
+from benchmarks.reporting.figures import style
+
+TESTS = Path(__file__).parent
+RECORDS = TESTS / "fixtures" / "records"
+GOLDEN = TESTS / "golden" / "reporting"
+TARGETS = TESTS.parent / "reports" / "targets"
+
+
+def record_of(experiment: str, method: str, seed: int) -> dict[str, Any]:
+    (path,) = (RECORDS / experiment / method).glob(f"seed{seed}-*.json")
+    return {key: value for key, value in read(path).items() if key != "checksum"}
+
+
+def put(folder: Path, record: dict[str, Any], tag: str = "") -> Path:
+    name = f"{record['experiment']}{record['method']}{record['seed']}{tag}"
+    record = record | {"hash": hashlib.sha256(name.encode()).hexdigest()}
+    path = path_of(folder, record["experiment"], record["method"], record["seed"], record["hash"])
+    write(path, record)
+    return path
+
+
+def cells_of(experiment: str) -> list[load.Cell]:
+    return load.cells(RECORDS, experiment, paper=experiment == "pmnist")[0]
+
+
+@pytest.fixture(scope="module")
+def target() -> dict[str, Any]:
+    return tomllib.loads((TARGETS / "pmnist.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    (out / "text").write_text(page.build(RECORDS, out / "out"), encoding="utf-8")
+    return out
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_summary_is_sample_deviation_and_t_interval() -> None:
+    values = [98.1, 98.4, 98.2, 98.7]
+    summary = stats.summarise(values)
+    assert summary.sd == pytest.approx(pd.Series(values).std(ddof=1))
+    expected = scipy_stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (summary.low, summary.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_seed_has_no_deviation_and_no_interval() -> None:
+    summary = stats.summarise([98.0])
+    assert summary.mean == 98.0
+    assert np.isnan([summary.sd, summary.low, summary.high]).all()
+
+
+def test_backward_transfer_leaves_out_the_last_task() -> None:
+    matrix = np.array([[90, np.nan, np.nan], [85, 80, np.nan], [70, 78, 99]])
+    assert stats.backward_transfer(matrix) == pytest.approx(((70 - 90) + (78 - 80)) / 2)
+    assert np.isnan(stats.backward_transfer(matrix[:1, :1]))
+
+
+def test_backward_transfer_of_joint_training_is_unknown() -> None:
+    assert np.isnan(stats.backward_transfer(np.array([[np.nan, np.nan], [90, 91]])))
+
+
+def test_paired_tests_are_scipys_and_five_seeds_cannot_go_below_a_sixteenth() -> None:
+    first, second = [98.3, 98.4, 98.5, 98.2, 98.1], [97.0, 97.1, 97.3, 96.0, 97.9]
+    result = stats.paired(first, second)
+    assert result.p_t == pytest.approx(scipy_stats.ttest_rel(first, second).pvalue)
+    assert result.p_permutation == pytest.approx(0.0625)
+    assert result.low < result.difference < result.high
+    assert np.isnan(stats.paired([1.0], [2.0]).p_t)
+
+
+def test_holm_leaves_out_what_has_no_test() -> None:
+    assert stats.holm([0.01, float("nan"), 0.04]) == pytest.approx(
+        [0.02, float("nan"), 0.04], nan_ok=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "small"),
+    [
+        ([98.40, 98.42, 98.45], True),
+        ([98.0, 98.8, 98.4], False),  # the mean fits, the spread does not
+        ([98.0, 98.01, 98.02], False),
+        ([98.42, 98.42], True),
+        ([97.0, 97.0], False),
+    ],
+)
+def test_equivalence(values: list[float], small: bool) -> None:
+    assert (stats.equivalence(values, 98.42, 0.2) < 0.05) is small
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_damaged_record_is_named_and_left_out(tmp_path: Path) -> None:
+    good, bad = record_of("pmnist", "clnp", 0), record_of("pmnist", "clnp", 1)
+    put(tmp_path, good)
+    path = put(tmp_path, bad)
+    path.write_text(path.read_text()[:-300])
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert [cell.seed for cell in cells] == [0]
+    assert any(path.name in note for note in notes)
+    assert str(tmp_path) not in "".join(notes)  # a report never tells where somebody's files lie
+
+
+def test_record_that_breaks_the_schema_is_named_and_left_out(tmp_path: Path) -> None:
+    record = record_of("pmnist", "clnp", 0)
+    path = tmp_path / "pmnist" / "clnp" / f"seed0-{record['hash'][:8]}.json"
+    path.parent.mkdir(parents=True)
+    record["accuracy"]["test"][0][0] = 1.5
+    path.write_text(json.dumps(record))
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert not cells
+    assert path.name in notes[0]
+
+
+def test_record_without_what_tables_need_is_named_and_left_out(tmp_path: Path) -> None:
+    record = record_of("pmnist", "clnp", 0)
+    del record["parameters"]["stored"]
+    path = put(tmp_path, record)
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert not cells
+    assert path.name in notes[0]
+    assert "stored" in notes[0]
+
+
+def test_record_in_a_foreign_folder_is_left_out(tmp_path: Path) -> None:
+    path = put(tmp_path, record_of("quickstart", "clnp", 0))
+    moved = tmp_path / "pmnist" / "clnp" / path.name
+    moved.parent.mkdir(parents=True)
+    path.rename(moved)
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert not cells
+    assert "wrong folder" in notes[0]
+
+
+def test_uncommitted_code_never_fills_a_paper_table(tmp_path: Path) -> None:
+    record = record_of("pmnist", "clnp", 0)
+    record["git"]["dirty"] = True
+    path = put(tmp_path, record)
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert not cells
+    assert path.name in notes[0]
+    cells, notes = load.cells(tmp_path, "pmnist", paper=False)
+    assert len(cells) == 1
+    assert "uncommitted" in notes[0]
+
+
+def test_same_cell_twice_is_used_neither_way(tmp_path: Path) -> None:
+    record = record_of("pmnist", "clnp", 0)
+    names = [put(tmp_path, record, tag).stem for tag in ("a", "b")]
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert not cells
+    assert all(name in notes[0] for name in names)
+
+
+def test_seeds_with_different_settings_are_remarked(tmp_path: Path) -> None:
+    first, second = record_of("pmnist", "clnp", 0), record_of("pmnist", "clnp", 1)
+    second["config"]["revision"] = 2
+    put(tmp_path, first)
+    put(tmp_path, second)
+    _, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert any("different settings" in note for note in notes)
+
+
+def test_streams_of_different_lengths_are_never_averaged(tmp_path: Path) -> None:
+    put(tmp_path, record_of("pmnist", "clnp", 0))
+    put(tmp_path, record_of("quickstart", "clnp", 1) | {"experiment": "pmnist"})
+    cells, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert not cells
+    assert "number of tasks" in notes[0]
+
+
+def test_broken_targets_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("title = ")
+    with pytest.raises(UserError, match=r"x\.toml"):
+        load.targets(tmp_path)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_main_table_has_the_papers_rows_in_order_and_dashes(target: dict[str, Any]) -> None:
+    text = tables.main_table(cells_of("pmnist"), target).text.set_index("Method")
+    assert list(text.index[:6]) == [
+        "Single task",
+        "EWC",
+        "SI",
+        "Superposition",
+        "CLNP",
+        "Fine-tuning",
+    ]
+    assert text.index[-1] == "my_method"
+    assert text.loc["CLNP", "Paper, %"] == "98.42 ± 0.04"
+    assert text.loc["EWC", "Paper, %"] == "97.00"
+    assert text.loc["EWC", "Ours, %"].endswith("(n = 1)")
+    assert text.loc["EWC", "95 % interval"] == "—"
+    assert set(text.loc["SI"]) == {"97.20", "—"}
+    assert text.loc["CLNP", "Logit drift"] == "0"
+
+
+def test_main_table_numbers_against_the_records(target: dict[str, Any]) -> None:
+    numbers = tables.main_table(cells_of("pmnist"), target).numbers.set_index("method")
+    last = [100 * np.mean(record_of("pmnist", "clnp", s)["accuracy"]["test"][-1]) for s in range(3)]
+    row = numbers.loc["clnp"]
+    assert row["mean"] == pytest.approx(np.mean(last))
+    assert row["sd"] == pytest.approx(np.std(last, ddof=1))
+    assert row["difference"] == pytest.approx(np.mean(last) - 98.42)
+    assert row["n"] == 3
+    assert [float(value) for value in row["values"].split()] == pytest.approx(last, abs=1e-4)
+    assert row["train_minutes"] == pytest.approx(16)
+
+
+def test_capacity_counts_every_layer_and_task() -> None:
+    table = tables.capacity_table(cells_of("pmnist"))
+    assert table is not None
+    frame = table.numbers
+    assert set(frame["method"]) == {"clnp"}
+    assert len(frame) == 2 * 10
+    used = [
+        row["used_fraction"]
+        for seed in range(3)
+        for row in record_of("pmnist", "clnp", seed)["capacity"]
+        if row["layer"] == "fc2" and row["task"] == 9
+    ]
+    last = frame[(frame["layer"] == "fc2") & (frame["task"] == 10)]["used"].item()
+    assert last == pytest.approx(100 * np.mean(used))
+
+
+def test_no_capacity_no_table() -> None:
+    cells = [cell for cell in cells_of("pmnist") if cell.method == "finetune"]
+    assert tables.capacity_table(cells) is None
+
+
+def test_matrix_and_lines_of_joint_training_have_one_row() -> None:
+    cell = cells_of("quickstart")[0]
+    matrix = np.full_like(cell.test, np.nan)
+    matrix[-1] = 97.0
+    joint = replace(cell, method="joint", test=matrix)
+    assert set(tables.matrix_frame([joint])["after_task"]) == {5}
+    assert list(tables.over_tasks_frame([joint])["after_task"]) == [5, 5]  # the seed and the mean
+
+
+def test_latex_escapes_and_markdown_keeps_columns() -> None:
+    assert tables.escape_tex("50 % of a_b & c ± {x}") == r"50 \% of a\_b \& c $\pm$ \{x\}"
+    frame = pd.DataFrame({"Method": ["a|b"], "n": ["1"]})
+    assert tables.markdown(frame).splitlines()[-1] == r"| a\|b | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (tables.number(-0.001), "0.00"),
+        (tables.number(-1.5, sign=True), "−1.50"),
+        (tables.number(float("nan")), "—"),
+        (tables.magnitude(0.0), "0"),
+        (tables.magnitude(1e-9), "1e-09"),
+        (tables.count(5_592_010), "5.59 M"),
+        (tables.count(999), "999"),
+        (tables.duration(0.5), "30 s"),
+        (tables.duration(90), "90 min"),
+        (tables.duration(240), "4.0 h"),
+        (tables.seed_list([3, 0, 1, 2, 7]), "0–3, 7"),
+    ],
+)
+def test_text_of_numbers(text: str, expected: str) -> None:
+    assert text == expected
+
+
+# ---------------------------------------------------------------- claims
+
+
+def verdict(identity: str, target: dict[str, Any], cells: list[load.Cell]) -> claims.Verdict:
+    (claim,) = [claim for claim in target["claims"] if claim["id"] == identity]
+    return claims.verdict(claim, target, cells)
+
+
+def with_accuracy(method: str, values: list[float]) -> list[load.Cell]:
+    cell = next(cell for cell in cells_of("pmnist") if cell.method == "clnp")
+    return [
+        replace(cell, method=method, seed=seed, test=np.tril(np.full((10, 10), value)))
+        for seed, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "single", "word"),
+    [
+        ([98.41, 98.42, 98.44], [98.44, 98.46, 98.47], "reproduced"),
+        ([98.41, 98.42, 98.44], [98.80, 98.81, 98.83], "partly"),
+        ([97.0, 97.1, 97.2], [98.5, 98.4, 98.5], "not reproduced"),
+        ([98.0, 98.4, 98.8], [98.0, 98.4, 98.8], "partly"),  # the mean fits, not shown by TOST
+        ([98.42], [98.45], "consistent (n = 1)"),
+        ([98.42], [98.80], "partly consistent (n = 1)"),
+        ([97.0], [98.45], "not consistent (n = 1)"),
+    ],
+)
+def test_t1(target: dict[str, Any], ours: list[float], single: list[float], word: str) -> None:
+    cells = with_accuracy("clnp", ours) + with_accuracy("single_task", single)
+    result = verdict("T1", target, cells)
+    assert result.word == word
+    assert f"n = {len(ours)}" in result.evidence
+
+
+def test_order_needs_every_method(target: dict[str, Any]) -> None:
+    cells = with_accuracy("clnp", [98.4, 98.5]) + with_accuracy("ewc", [97.0, 97.1])
+    result = verdict("T1-order", target, cells)
+    assert result.word == "not yet measured"
+    assert "SI" in result.evidence
+    cells += with_accuracy("si", [97.2, 97.31]) + with_accuracy("superposition", [97.6, 97.72])
+    assert verdict("T1-order", target, cells).word == "reproduced"
+    cells = [cell for cell in cells if cell.method != "ewc"] + with_accuracy("ewc", [98.0, 98.1])
+    assert verdict("T1-order", target, cells).word == "partly"
+    assert verdict("T1-order", target, [c for c in cells if c.seed == 0]).word == (
+        "partly consistent (n = 1)"
+    )
+
+
+def with_use(first: list[float], second: list[float], seeds: int) -> list[load.Cell]:
+    cell = next(cell for cell in cells_of("pmnist") if cell.method == "clnp")
+    found = []
+    for seed in range(seeds):
+        capacity = cell.capacity.copy()
+        for layer, shares in (("fc1", first), ("fc2", second)):
+            noise = 1e-3 * (seed + 1)
+            capacity.loc[capacity["layer"] == layer, "used_fraction"] = np.add(shares, noise)
+        found.append(replace(cell, seed=seed, capacity=capacity))
+    return found
+
+
+def test_shares_like_the_papers_are_reproduced(target: dict[str, Any]) -> None:
+    first, second = list(np.linspace(0.14, 0.18, 10)), list(np.linspace(0.04, 0.40, 10))
+    for seeds, word in ((3, "reproduced"), (1, "consistent (n = 1)")):
+        cells = with_use(first, second, seeds)
+        assert verdict("F3-first", target, cells).word == word
+        assert verdict("F3-second", target, cells).word == word
+
+
+def test_other_shares_are_not_reproduced(target: dict[str, Any]) -> None:
+    first, second = list(np.linspace(0.1, 1.0, 10)), list(0.4 * np.linspace(0.1, 1, 10) ** 3)
+    cells = with_use(first, second, 3)
+    assert verdict("F3-first", target, cells).word == "not reproduced"
+    assert verdict("F3-second", target, cells).word == "partly"  # 40 %, but far from linearly
+
+
+def test_fewer_tasks_measure_nothing_of_figure_3(target: dict[str, Any]) -> None:
+    cell = next(cell for cell in cells_of("quickstart") if cell.method == "clnp")
+    assert verdict("F3-first", target, [cell]).word == "not yet measured"
+    assert verdict("P-25", target, [cell]).word == "not yet measured"
+
+
+def test_zero_means_exactly_zero(target: dict[str, Any]) -> None:
+    cells = [cell for cell in cells_of("pmnist") if cell.method == "clnp"]
+    assert verdict("ZERO", target, cells).word == "reproduced"
+    assert verdict("ZERO", target, cells[:1]).word == "consistent (n = 1)"
+    drifted = [*cells[:2], replace(cells[2], drift=1e-9)]
+    assert verdict("ZERO", target, drifted).word == "not reproduced"
+    moved = cells[0].test.copy()
+    moved[-1, 0] -= 0.01
+    assert verdict("ZERO", target, [replace(cells[0], test=moved)]).word == (
+        "not consistent (n = 1)"
+    )
+
+
+def test_every_claim_of_the_protocol_is_listed_once() -> None:
+    listed = [
+        claim["id"] for content in load.targets(TARGETS).values() for claim in content["claims"]
+    ]
+    described = (
+        *("T1", "T1-order", "F3-first", "F3-second", "P-25", "ZERO"),
+        *("F4-order", "F4-m1", "F4-m2", "F4-full", "F4-ft"),
+        *("F5-ten", "F5-linear", "F5-drop", "F5-early", "EXPAND"),
+    )
+    assert sorted(listed) == sorted(described)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_same_bytes_in_another_process_and_folder(built: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from benchmarks.reporting.page import build; "
+    code += "build(Path(sys.argv[1]), Path(sys.argv[2]))"
+    subprocess.run(
+        [sys.executable, "-c", code, str(RECORDS), str(tmp_path / "elsewhere")],
+        check=True,
+        cwd=TESTS.parent,
+        env={**os.environ, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1", "TZ": "Asia/Tokyo"},
+    )
+    files = sorted(p.relative_to(built / "out") for p in (built / "out").rglob("*") if p.is_file())
+    assert len(files) > 60
+    other = tmp_path / "elsewhere"
+    assert files == sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file())
+    assert [f for f in files if (built / "out" / f).read_bytes() != (other / f).read_bytes()] == []
+
+
+@pytest.mark.parametrize("name", ["table1", "claims", "comparisons", "capacity", "seeds"])
+@pytest.mark.parametrize("suffix", ["md", "tex", "csv"])
+def test_golden(built: Path, name: str, suffix: str) -> None:
+    now = (built / "out" / "pmnist" / f"{name}.{suffix}").read_bytes()
+    golden = GOLDEN / f"{name}.{suffix}"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_bytes(now)
+    assert now.decode() == golden.read_text(encoding="utf-8")
+
+
+def test_page_is_self_contained_and_links_to_files_that_exist(built: Path) -> None:
+    html = (built / "out" / "index.html").read_text(encoding="utf-8")
+    for outside in ("http://", "https://", 'src="/', "file:"):
+        assert outside not in html
+    links = [part.split('"')[0] for part in html.split('href="')[1:]]
+    assert sum(not link.startswith("#") for link in links) > 60
+    for link in links:
+        assert link.startswith("#") or (built / "out" / link).is_file()
+    assert str(TESTS) not in html
+
+
+def test_custom_experiment_is_marked_and_never_meets_the_paper(built: Path) -> None:
+    html = (built / "out" / "index.html").read_text(encoding="utf-8")
+    section = html.split('<section id="pmnist-custom-ab12">')[1]
+    assert "custom settings" in section
+    assert "Paper" not in section
+    table = pd.read_csv(built / "out" / "pmnist" / "table1.csv").set_index("method")
+    assert table.loc["clnp", "n"] == 3
+    assert "custom" in (built / "text").read_text(encoding="utf-8")
+
+
+def test_figures_come_as_pdf_with_embedded_fonts_png_and_csv(built: Path) -> None:
+    folder = built / "out" / "pmnist"
+    for name in ("fig3", "over_tasks", "matrix_clnp", "matrix_finetune"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        pdf = (folder / f"{name}.pdf").read_bytes()
+        assert b"/FontFile2" in pdf
+        assert b"/Type3" not in pdf
+        assert b"CreationDate" not in pdf
+        assert len(pd.read_csv(folder / f"{name}.csv"))
+    # Paper's Fig. 3 has ten bars in two groups.
+    assert len(pd.read_csv(folder / "fig3.csv")) == 20
+
+
+def test_a_method_has_its_own_look() -> None:
+    looks = [style(method) for method in load.METHODS]
+    assert len(set(looks)) == len(looks)
+
+
+def test_no_records_at_all_is_said_clearly(tmp_path: Path) -> None:
+    text = page.build(tmp_path / "none", tmp_path / "out")
+    assert "No records" in text
+    assert "quickstart" in text
+    html = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "98.42 ± 0.04" in html
+    assert "not yet measured" in html
+
+
+def test_readme_table_before_any_run_shows_the_paper(tmp_path: Path) -> None:
+    text = page.readme_table(tmp_path)
+    assert "| CLNP | 98.42 ± 0.04 | — | — | — | — | — | — |" in text
+    assert text.endswith("\nNo records yet.\n")
+
+
+def test_experiment_without_records_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="quickstrat"):
+        page.build(RECORDS, tmp_path, ["quickstrat"])
+
+
+def test_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    put(tmp_path / "records", record_of("pmnist-custom-ab12", "clnp", 0))
+    with pytest.raises(UserError, match="Cannot write"):
+        page.build(tmp_path / "records", tmp_path / "out")
+
+
+def test_readme_table_is_replaced_and_stays(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# A\n\n<!-- table:pmnist -->\nold\n<!-- /table -->\n\nend\n")
+    page.update_readme(readme, RECORDS)
+    once = readme.read_text(encoding="utf-8")
+    assert "old" not in once
+    assert page.readme_table(RECORDS) in once
+    assert once.startswith("# A\n")
+    assert once.endswith("<!-- /table -->\n\nend\n")
+    assert "| CLNP | 98.42 ± 0.04 |" in once
+    assert "HAT" not in once  # neither in the paper's table nor measured
+    page.update_readme(readme, RECORDS)
+    assert readme.read_text(encoding="utf-8") == once
+
+
+def test_readme_without_markers_is_an_error(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# A\n")
+    with pytest.raises(UserError, match="table:pmnist"):
+        page.update_readme(readme, RECORDS)
