@@ -115,7 +115,7 @@ def build_environment(session: nox.Session, anew: bool = False) -> None:
     session.log("building .venv: about 6 GB, several minutes the first time")
     STAMP.unlink(missing_ok=True)
     clear = ["--clear"] if anew else []
-    session.run(sys.executable, "-m", "virtualenv", *clear, str(VENV), external=True)
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", *clear, str(VENV), external=True)
     pip = [str(PYTHON), "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")]
     if not sys.stdout.isatty():
         pip.append("--quiet")
