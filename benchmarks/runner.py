@@ -221,7 +221,7 @@ def _run_one(
     except Exception as error:  # whatever it is, the other cells go on
         text = f"{type(error).__name__}: {error}"
         trace.write_text(f"{cell.name}\n{canonical(cell.config)}\n\n{traceback.format_exc()}")
-        tracker.announce({"event": "failed", "error": text})
+        tracker.announce({"event": "failed", "cell": cell.name, "error": text})
         return f"{cell.name}: {text} (see {trace})"
     finally:
         tracker.close(failed)

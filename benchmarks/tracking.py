@@ -99,7 +99,7 @@ class View:
                 done = self.progress.tasks[0].completed + 1
                 self.progress.update(self._grid, completed=done, detail=f"{done:.0f}/{self._cells}")
                 if event["event"] == "failed":
-                    self.line(f"{self._name} failed: {event['error']}")
+                    self.line(f"{event['cell']} failed: {event['error']}")
 
     def _epoch(self, event: Event) -> None:
         detail = (
