@@ -1,0 +1,678 @@
+"""CLNPPlugin in Avalanche: zero forgetting bit by bit, whatever trains beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
+from avalanche.benchmarks.scenarios import with_task_labels
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+from avalanche.benchmarks.utils.classification_dataset import (
+    TaskAwareSupervisedClassificationDataset,
+)
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.models import MTSimpleMLP, MultiHeadClassifier, MultiTaskModule, as_multitask
+from avalanche.training.plugins import (
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    EWCPlugin,
+    LRSchedulerPlugin,
+    LwFPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
+)
+from avalanche.training.supervised import Cumulative, Naive
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from clnp import CLNP, CapacityExhausted, CLNPPlugin, Incompatible, LogitDrift, UnsupportedNetwork
+
+CLASSES = 3
+FEATURES = 12
+IMAGE = (2, 6, 6)
+
+
+def blobs(task: int, count: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Gaussian blobs, one a class, at places that depend on the task."""
+    places = torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(task))
+    generator = torch.Generator().manual_seed(1000 * count + task)
+    labels = torch.arange(count) % CLASSES
+    return places[labels] * 1.5 + torch.randn(count, *shape, generator=generator), labels
+
+
+def experience(task: int, label: int, count: int, shape: tuple[int, ...]) -> AvalancheDataset[Any]:
+    x, y = blobs(task, count, shape)
+    return TaskAwareSupervisedClassificationDataset(
+        [TensorDataset(x, y)],
+        data_attributes=[
+            DataAttribute(y.tolist(), "targets"),
+            DataAttribute([label] * count, "targets_task_labels", use_in_getitem=True),
+        ],
+    )
+
+
+def benchmark(
+    tasks: int = 3,
+    shape: tuple[int, ...] = (FEATURES,),
+    count: int = 60,
+    labels: Callable[[int], int] = lambda task: task,
+) -> Any:
+    streams = {
+        name: [experience(task, labels(task), n, shape) for task in range(tasks)]
+        for name, n in (("train", count), ("valid", 30), ("test", 33))
+    }
+    made = with_classes_timeline(with_task_labels(benchmark_from_datasets(**streams)))
+    for stream in made.streams.values():
+        for exp in stream:  # a set, with which Avalanche's own masking of heads fails
+            exp.classes_in_this_experience = sorted(exp.classes_in_this_experience)
+    return made
+
+
+def mlp(width: int = 24) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(FEATURES, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, CLASSES),
+    )
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(IMAGE[0], 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 10, 3, padding=1, bias=False),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(90, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+def conv_head() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(IMAGE[0], 12, 3, stride=2),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, CLASSES, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+class MultiHead(MultiTaskModule):
+    """A convolutional network with a head a task, as users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(IMAGE[0], 8, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout(0.1),
+            nn.Flatten(),
+            nn.Linear(72, 14),
+            nn.ReLU(),
+        )
+        self.classifier = MultiHeadClassifier(14, CLASSES)
+
+    def forward(self, x: Tensor, task_labels: Any) -> Tensor:
+        return self.classifier(self.features(x), task_labels)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=1e-3),
+    "adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.003, momentum=0.5),
+    "adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.05, fused=True),
+}
+
+
+def strategy(
+    model: nn.Module,
+    *plugins: Any,
+    optimizer: Callable[[Any], torch.optim.Optimizer] = OPTIMIZERS["adam"],
+    epochs: int = 3,
+    base: type = Naive,
+    metrics: Any = (),
+    **options: Any,
+) -> Any:
+    return base(
+        model=model,
+        optimizer=optimizer(model.parameters()),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=20,
+        train_epochs=epochs,
+        eval_mb_size=16,
+        plugins=list(plugins),
+        evaluator=EvaluationPlugin(*metrics, loggers=[]),
+        **options,
+    )
+
+
+def frozen_entries(plugin: CLNPPlugin) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in plugin.network._frozen().items()}
+
+
+def assert_no_interference(plugin: CLNPPlugin) -> None:
+    """W_int = 0: no row of a learnt task reads a unit that came later."""
+    network = plugin.network
+    for task in range(len(plugin.tasks)):
+        used = network.partition.after(task)
+        for group in network.layout.groups:
+            for reader in group.readers:
+                if reader.layer != network.layout.head:
+                    weight = network.modules[reader.layer].weight
+                    rows = used[network.layout.writes[reader.layer]]
+                    assert not weight[:rows, used[group.name] * reader.repeat :].any()
+
+
+def learn_and_watch(
+    trainer: Any, plugin: CLNPPlugin, stream: Any, x: Tensor, names: list[int] | None = None
+) -> None:
+    """Train on a stream; after each task all older logits and frozen entries are as they were."""
+    names = list(range(len(stream))) if names is None else names
+    kept: dict[int, Tensor] = {}
+    entries: dict[str, Tensor] = {}
+    for task, exp in zip(names, stream, strict=True):
+        free_before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train(exp, eval_streams=[])
+        for old, logits in kept.items():
+            assert torch.equal(plugin.subnetwork(old)(x), logits), f"task {old} after task {task}"
+        now = frozen_entries(plugin)
+        for name, before in entries.items():
+            part = now[name][tuple(slice(n) for n in before.shape)]
+            assert torch.equal(part, before), name
+        assert_no_interference(plugin)
+        kept[task] = plugin.subnetwork(task)(x)
+        entries = now
+        moved = [
+            name
+            for name, tensor in trainer.model.state_dict().items()
+            if name in free_before and not torch.equal(tensor, free_before[name])
+        ]
+        assert moved, "nothing was trained"
+    used = plugin.capacity().groupby("layer").used.max()
+    assert (used > 0).all()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_optimizer_reaches_what_is_frozen(optimizer: str) -> None:
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    trainer = strategy(mlp(), plugin, optimizer=OPTIMIZERS[optimizer])
+    learn_and_watch(trainer, plugin, benchmark().train_stream, blobs(0, 17, (FEATURES,))[0])
+
+
+@pytest.mark.parametrize("network", [convnet, conv_head])
+@pytest.mark.parametrize("head_bias", ["shared", "per-task", "none"])
+def test_single_head_convolutions_forget_nothing(
+    network: Callable[[], nn.Module], head_bias: str
+) -> None:
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3, head_bias=head_bias)
+    trainer = strategy(network(), plugin)
+    learn_and_watch(trainer, plugin, benchmark(shape=IMAGE).train_stream, blobs(0, 9, IMAGE)[0])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_heads_of_their_own_forget_nothing(masked: bool) -> None:
+    model = MultiHead()
+    model.classifier.masking = masked
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    trainer = strategy(model, plugin, optimizer=OPTIMIZERS["sgd"])
+    learn_and_watch(trainer, plugin, benchmark(shape=IMAGE).train_stream, blobs(0, 9, IMAGE)[0])
+
+
+def test_avalanches_own_multi_task_models() -> None:
+    for model in (
+        MTSimpleMLP(input_size=FEATURES, hidden_size=20),
+        as_multitask(nn.Sequential(nn.Linear(FEATURES, 9), nn.ReLU(), nn.Linear(9, 3)), "2"),
+    ):
+        plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+        trainer = strategy(model, plugin)
+        stream = benchmark(tasks=2).train_stream
+        learn_and_watch(trainer, plugin, stream, blobs(0, 9, (FEATURES,))[0])
+
+
+def test_parameter_groups_schedules_and_clipping() -> None:
+    model = mlp()
+
+    class Clip(SupervisedPlugin):  # type: ignore[misc]
+        def before_update(self, strategy: Any, **_: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(strategy.model.parameters(), 0.1)
+
+    optimizer = torch.optim.SGD(
+        [
+            {"params": model[0].parameters(), "lr": 0.1, "weight_decay": 0.1},
+            {"params": [*model[2].parameters(), *model[4].parameters()]},
+        ],
+        lr=0.05,
+        momentum=0.9,
+    )
+    schedule = LRSchedulerPlugin(torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    trainer = strategy(model, plugin, schedule, Clip(), optimizer=lambda _: optimizer)
+    learn_and_watch(trainer, plugin, benchmark().train_stream, blobs(0, 9, (FEATURES,))[0])
+    groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert groups == [
+        {id(p) for p in model[0].parameters()},
+        {id(p) for layer in (2, 4) for p in model[layer].parameters()},
+    ]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_the_model_is_left_as_the_user_knows_it() -> None:
+    model = mlp()
+    parameters = dict(model.named_parameters())
+    plugin = CLNPPlugin(margin=0.1)
+    strategy(model, plugin).train(benchmark(tasks=1).train_stream[0], eval_streams=[])
+    assert {name: id(p) for name, p in model.named_parameters()} == {
+        name: id(p) for name, p in parameters.items()
+    }
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_subnetwork_evaluates_whatever_is_called_on_it() -> None:
+    model = convnet()
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    trainer = strategy(model, plugin)
+    for exp in benchmark(tasks=2, shape=IMAGE).train_stream:
+        trainer.train(exp, eval_streams=[])
+    x = blobs(0, 40, IMAGE)[0]
+    network = plugin.subnetwork(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = network.eval()(x)
+    model.train()
+    assert not network.train().training
+    assert torch.equal(network(x), logits)
+    assert model.training
+    assert not network(x).requires_grad
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_accuracy_on_old_tasks_is_constant() -> None:
+    """R[i, j], measured anew after each task, doesn't depend on i; finetuning's does."""
+    rows: dict[bool, list[list[float]]] = {True: [], False: []}
+    bench = benchmark(tasks=3, count=120)
+    drift = {True: LogitDrift(), False: LogitDrift()}
+    for ours in rows:
+        plugins = [CLNPPlugin(margin=0.05, l1=1e-3)] if ours else []
+        metrics = (accuracy_metrics(experience=True), drift[ours])
+        trainer = strategy(mlp(40), *plugins, metrics=metrics, epochs=8)
+        for exp in bench.train_stream:
+            trainer.train(exp, eval_streams=[])
+            values = trainer.eval(bench.test_stream)
+            rows[ours].append(
+                [
+                    values[f"Top1_Acc_Exp/eval_phase/test_stream/Task00{t}/Exp00{t}"]
+                    for t in range(3)
+                ]
+            )
+    for task in range(3):
+        assert len({row[task] for row in rows[True][task:]}) == 1
+        assert rows[True][-1][task] > 0.8
+    assert rows[False][-1][0] < rows[False][0][0]
+    assert drift[True].drift() == {0: 0.0, 1: 0.0, 2: 0.0}
+    assert drift[False].drift()[0] > 0.1
+
+
+def test_evaluation_during_training_and_of_unlearnt_tasks() -> None:
+    """The task in training runs uncut, old ones on their own slice, coming ones on the newest."""
+    for model, shape in ((mlp(), (FEATURES,)), (MultiHead(), IMAGE)):
+        bench = benchmark(tasks=3, shape=shape)
+        seen: list[tuple[int, Tensor]] = []
+
+        class Watch(SupervisedPlugin):  # type: ignore[misc]
+            def after_eval_iteration(
+                self, strategy: Any, seen: list[tuple[int, Tensor]] = seen, **_: Any
+            ) -> None:
+                if strategy.clock.train_exp_counter == 1 and strategy.experience:
+                    seen.append((strategy.experience.current_experience, strategy.mb_output))
+
+        plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+        trainer = strategy(model, plugin, Watch(), eval_every=1, epochs=2)
+        trainer.train(bench.train_stream[0], eval_streams=[])
+        # Sixteen rows: the evaluation's own first batch, since the promise is for the same batch.
+        logits = plugin.subnetwork(0)(blobs(0, 33, shape)[0][:16])
+        trainer.train(bench.train_stream[1], eval_streams=[bench.test_stream])
+        old = [output for index, output in seen if index == 0 and len(output) == 16]
+        assert len(old) >= 4
+        assert all(torch.equal(output[:, :CLASSES], logits) for output in old[::2])
+        trained = [output for index, output in seen if index == 1 and len(output) == 16]
+        assert not torch.equal(trained[0], trained[2])
+        trainer.eval(bench.test_stream)
+
+
+def test_a_batch_of_mixed_labels_is_split() -> None:
+    for model, shape in ((mlp(), (FEATURES,)), (MultiHead(), IMAGE)):
+        bench = benchmark(tasks=2, shape=shape)
+        if isinstance(model, MultiHead):  # Avalanche masks heads of single labels alone
+            model.classifier.masking = False
+        plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+        outputs: list[Tensor] = []
+
+        class Watch(SupervisedPlugin):  # type: ignore[misc]
+            def after_eval_iteration(
+                self, strategy: Any, outputs: list[Tensor] = outputs, **_: Any
+            ) -> None:
+                outputs.append(strategy.mb_output)
+
+        trainer = strategy(model, plugin, Watch())
+        for exp in bench.train_stream:
+            trainer.train(exp, eval_streams=[])
+        x, y = blobs(0, 12, shape)
+        labels = [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0]
+        mixed = TaskAwareSupervisedClassificationDataset(
+            [TensorDataset(x, y)],
+            data_attributes=[
+                DataAttribute(y.tolist(), "targets"),
+                DataAttribute(labels, "targets_task_labels", use_in_getitem=True),
+            ],
+        )
+        stream = with_classes_timeline(
+            with_task_labels(benchmark_from_datasets(mixed=[mixed]))
+        ).streams["mixed"]
+        outputs.clear()
+        trainer.eval(stream)
+        for task in (0, 1):
+            rows = torch.tensor([i for i, label in enumerate(labels) if label == task])
+            expected = plugin.subnetwork(task)(x[rows])
+            assert torch.equal(outputs[0][rows][:, :CLASSES], expected)
+
+
+def test_tasks_are_named_by_distinct_labels_else_by_index() -> None:
+    named = benchmark(tasks=2, labels=lambda task: 7 - task)
+    plugin = CLNPPlugin(margin=0.1)
+    trainer = strategy(mlp(), plugin)
+    learn_and_watch(trainer, plugin, named.train_stream, blobs(0, 9, (FEATURES,))[0], [7, 6])
+    assert plugin.tasks == [7, 6]
+    with pytest.raises(ValueError, match="task 7 has been learnt already"):
+        trainer.train(named.train_stream[0], eval_streams=[])
+    with pytest.raises(KeyError, match=r"learnt so far: \[7, 6\]"):
+        plugin.subnetwork(0)
+
+    alike = benchmark(tasks=2, labels=lambda _: 0)
+    plugin = CLNPPlugin(margin=0.1)
+    trainer = strategy(mlp(60), plugin)
+    learn_and_watch(trainer, plugin, alike.train_stream, blobs(0, 9, (FEATURES,))[0])
+    assert plugin.tasks == [0, 1]
+    trainer.train(alike.train_stream[0], eval_streams=[])
+    assert plugin.tasks == [0, 1, 0]
+
+
+def test_held_out_data_is_seeded_and_never_trained_on() -> None:
+    def train(seed: int, swap: bool) -> tuple[dict[str, Any], Tensor]:
+        torch.manual_seed(0)
+        bench = benchmark(tasks=1, count=100)
+        plugin = CLNPPlugin(margin=0.1, seed=seed)
+        seen: list[Tensor] = []
+
+        class Watch(SupervisedPlugin):  # type: ignore[misc]
+            def after_training_iteration(self, strategy: Any, **_: Any) -> None:
+                seen.append(strategy.mb_x)
+
+        trainer = strategy(mlp(), plugin, Watch(), epochs=1)
+        trainer.train(bench.train_stream[0], eval_streams=[])
+        return plugin.history[0], torch.cat(seen)
+
+    history, trained = train(0, False)
+    again, retrained = train(0, False)
+    other, others = train(1, False)
+    assert len(trained) == 90
+    assert history == again
+    assert torch.equal(trained, retrained)
+    assert not torch.equal(trained.sum(0), others.sum(0))
+    assert other["task"] == 0
+
+
+def test_interruption_leaves_learnt_tasks_whole() -> None:
+    bench = benchmark(tasks=2)
+
+    class Stop(SupervisedPlugin):  # type: ignore[misc]
+        armed = False
+
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            if self.armed:
+                raise KeyboardInterrupt
+
+    stop, plugin, model = Stop(), CLNPPlugin(margin=0.1, l1=1e-3), convnet()
+    bench = benchmark(tasks=2, shape=IMAGE)
+    trainer = strategy(model, plugin, stop)
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    x = blobs(0, 9, IMAGE)[0]
+    logits = plugin.subnetwork(0)(x)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    stop.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(bench.train_stream[1], eval_streams=[])
+    assert torch.equal(plugin.subnetwork(0)(x), logits)
+    stop.armed = False
+    with pytest.warns(UserWarning, match="task 1 was interrupted"):
+        trainer.train(bench.train_stream[1], eval_streams=[])
+    assert plugin.tasks == [0, 1]
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert torch.equal(plugin.subnetwork(0)(x), logits)
+
+
+def test_a_write_to_frozen_weights_is_found_out() -> None:
+    model, bench = mlp(), benchmark(tasks=2)
+    original = model[0].weight
+
+    class Vandal(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            if strategy.clock.train_exp_counter == 1:
+                original.data[0, 0] += 1e-3
+
+    plugin = CLNPPlugin(margin=0.1)
+    trainer = strategy(model, plugin, Vandal())
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    with pytest.raises(Incompatible, match="wrote into frozen weights"):
+        trainer.train(bench.train_stream[1], eval_streams=[])
+
+
+def test_state_restores_in_a_fresh_model_and_goes_on_bit_by_bit() -> None:
+    bench = benchmark(tasks=3, shape=IMAGE)
+
+    def fresh() -> tuple[Any, CLNPPlugin]:
+        torch.manual_seed(1)
+        plugin = CLNPPlugin(margin=0.1, l1=1e-3, head_bias="per-task")
+        return strategy(convnet(), plugin), plugin
+
+    def train(trainer: Any, task: int) -> None:
+        torch.manual_seed(10 + task)
+        trainer.train(bench.train_stream[task], eval_streams=[], reset_optimizer_state=True)
+
+    whole, plugin = fresh()
+    train(whole, 0)
+    state = copy.deepcopy(plugin.state_dict())
+    train(whole, 1)
+    train(whole, 2)
+    resumed, restored = fresh()
+    restored.load_state_dict(state, resumed.model)
+    train(resumed, 1)
+    train(resumed, 2)
+    x = blobs(0, 9, IMAGE)[0]
+    for task in range(3):
+        assert torch.equal(plugin.subnetwork(task)(x), restored.subnetwork(task)(x))
+    assert plugin.history == restored.history
+    assert plugin.capacity().equals(restored.capacity())
+    with pytest.raises(ValueError, match="the state is of a network with layers"):
+        CLNPPlugin().load_state_dict(state, conv_head())
+
+
+def test_early_stopping_beside_it() -> None:
+    bench = benchmark(tasks=2)
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    stop = EarlyStoppingPlugin(patience=2, val_stream_name="valid_stream")
+    trainer = strategy(
+        mlp(), plugin, stop, epochs=12, eval_every=1, metrics=(accuracy_metrics(stream=True),)
+    )
+    x = blobs(0, 9, (FEATURES,))[0]
+    with pytest.warns(UserWarning, match="not computed yet"):
+        trainer.train(bench.train_stream[0], eval_streams=[bench.streams["valid"]])
+    logits = plugin.subnetwork(0)(x)
+    with pytest.warns(UserWarning, match="not computed yet"):
+        trainer.train(bench.train_stream[1], eval_streams=[bench.streams["valid"]])
+    assert len(plugin.validation_accuracy) < 12
+    assert torch.equal(plugin.subnetwork(0)(x), logits)
+
+
+def test_the_ready_strategy() -> None:
+    model, bench = mlp(), benchmark(tasks=2)
+    trainer = CLNP(
+        model=model,
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+        margin=(0.1, 0.0),
+        valid_stream=bench.streams["valid"],
+        train_mb_size=20,
+        train_epochs=2,
+        evaluator=EvaluationPlugin(loggers=[]),
+    )
+    trainer.train(bench.train_stream, eval_streams=[])
+    table = trainer.clnp.capacity()
+    assert list(table.columns) == [
+        "task", "layer", "used", "new", "reused", "free", "used_fraction",
+    ]  # fmt: skip
+    assert list(table.layer) == ["0", "2", "0", "2"]
+    assert (table.used + table.free == 24).all()
+    assert trainer.clnp.partition.frontiers["0"][0] == 0
+
+
+def test_l1_is_a_subgradient_on_free_weights_alone() -> None:
+    model, bench = mlp(), benchmark(tasks=2)
+    plugin = CLNPPlugin(margin=0.1, l1={"0": 0.5, "head": 0.25})
+    grads: list[dict[str, Tensor]] = []
+
+    class Watch(SupervisedPlugin):  # type: ignore[misc]
+        def before_update(self, strategy: Any, **_: Any) -> None:
+            if strategy.clock.train_exp_iterations == 0:
+                weights = {n: p for n, p in strategy.model.named_parameters() if "weight" in n}
+                grads.append({n: p.grad.clone() for n, p in weights.items()})
+                grads.append({n: p.detach().sign() for n, p in weights.items()})
+
+    trainer = strategy(model, Watch(), plugin, Watch())
+    for exp in bench.train_stream:
+        grads.clear()
+        trainer.train(exp, eval_streams=[])
+        plain, signs, penalised, _ = grads
+        for name, alpha in {"0.weight": 0.5, "2.weight": 0.0, "4.weight": 0.25}.items():
+            torch.testing.assert_close(penalised[name] - plain[name], alpha * signs[name])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: {"plugins": [ReplayPlugin(10)]}, Incompatible, "ReplayPlugin"),
+        (lambda: {"plugins": [LwFPlugin()]}, Incompatible, "LwFPlugin"),
+        (lambda: {"plugins": [EWCPlugin(1.0)]}, Incompatible, "EWCPlugin"),
+        (lambda: {"base": Cumulative}, Incompatible, "trains on"),
+        (
+            lambda: {"optimizer": lambda p: torch.optim.LBFGS(p)},
+            Incompatible,
+            "LBFGS",
+        ),
+        (lambda: {"model": torch.compile(mlp())}, Incompatible, "torch.compile"),
+        (lambda: {"model": nn.Sequential(nn.Linear(FEATURES, 3))}, UnsupportedNetwork, "no hidden"),
+        (
+            lambda: {
+                "model": nn.Sequential(
+                    nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)
+                )
+            },
+            UnsupportedNetwork,
+            r"layer '1' \(LayerNorm.*supported are Linear",
+        ),
+        (
+            lambda: {"model": nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 2))},
+            UnsupportedNetwork,
+            "label 2, but the head '2' has 2 outputs",
+        ),
+        (lambda: {"l1": (1e-3, 1e-3)}, ValueError, "2 values for 3 layers.*0, 2, 4"),
+        (lambda: {"l1": {"7": 1e-3}}, ValueError, "'7', but the layers are: 0, 2, 4"),
+        (lambda: {"heads": "multi"}, ValueError, "MultiTaskModule"),
+        (lambda: {"margin": [0.1]}, ValueError, "margin has 1 values"),
+        (lambda: {"valid_stream": []}, ValueError, "valid_stream has 0 experiences"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    make: Callable[[], dict[str, Any]], error: type[Exception], message: str
+) -> None:
+    options = make()
+    ours = {k: options.pop(k) for k in ("l1", "heads", "margin", "valid_stream") if k in options}
+    model = options.pop("model", None) or mlp()
+    trainer = strategy(model, CLNPPlugin(**ours), *options.pop("plugins", []), **options)
+    with pytest.raises(error, match=message):
+        trainer.train(benchmark(tasks=2).train_stream, eval_streams=[])
+
+
+def test_an_empty_experience_is_refused() -> None:
+    empty = experience(0, 0, 3, (FEATURES,)).subset([])
+    stream = with_task_labels(benchmark_from_datasets(train=[empty])).train_stream
+    with pytest.raises(ValueError, match="experience 0 has no training data"):
+        strategy(mlp(), CLNPPlugin()).train(stream[0], eval_streams=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": 1.0}, "margin is 1.0"),
+        ({"margin": (0.1, -0.1)}, "margin is -0.1"),
+        ({"l1": -1e-3}, "l1 is -0.001"),
+        ({"l1": {"0": float("nan")}}, "l1 is nan"),
+        ({"thresholds": "both"}, "thresholds is 'both'; choose from 'per-layer', 'shared'"),
+        ({"heads": "two"}, "heads is 'two'"),
+        ({"head_bias": "some"}, "head_bias is 'some'"),
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CLNPPlugin(**options)
+
+
+def test_a_full_single_head_says_what_to_do() -> None:
+    plugin = CLNPPlugin(margin=0.0, l1=0.0)
+    trainer = strategy(mlp(2), plugin)
+    with pytest.raises(CapacityExhausted, match=r"last hidden layer '2'.*one head a task"):
+        trainer.train(benchmark(tasks=3).train_stream, eval_streams=[])
+
+
+def test_a_full_multi_head_core_trains_the_new_head_alone() -> None:
+    model = MTSimpleMLP(input_size=FEATURES, hidden_size=1)
+    plugin, heads = CLNPPlugin(margin=0.0, l1=0.0), []
+
+    class Watch(SupervisedPlugin):  # type: ignore[misc]
+        def before_training_epoch(self, strategy: Any, **_: Any) -> None:
+            task = strategy.clock.train_exp_counter
+            heads.append((task, model.classifier.classifiers[str(task)].classifier.weight.clone()))
+
+    trainer = strategy(model, plugin, Watch())
+    stream = benchmark(tasks=3).train_stream
+    learn_and_watch(trainer, plugin, stream[:1], blobs(0, 9, (FEATURES,))[0])
+    core = {name: tensor.clone() for name, tensor in model.features.state_dict().items()}
+    logits = plugin.subnetwork(0)(blobs(0, 9, (FEATURES,))[0])
+    trainer.train(stream[1:], eval_streams=[])
+    assert list(plugin.capacity().free) == [0, 0, 0]
+    assert torch.equal(plugin.subnetwork(0)(blobs(0, 9, (FEATURES,))[0]), logits)
+    for name, tensor in model.features.state_dict().items():
+        assert torch.equal(tensor, core[name])
+    for task in (1, 2):
+        first, *_, last = [weight for t, weight in heads if t == task]
+        assert not torch.equal(first, last)
