@@ -1,0 +1,250 @@
+"""Cells: records that are right, resumes that lose and change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cell as cells
+from benchmarks import records
+from benchmarks.cell import Cell
+from benchmarks.data import Images, load
+from benchmarks.methods import METHODS, CLNPSettings, Method, Settings
+from benchmarks.pmnist import PermutedMNIST
+from benchmarks.quickstart import Quickstart
+
+TINY = Quickstart(
+    tasks=3, epochs=2, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
+)
+GIT = {"commit": None, "dirty": True}
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return load("digits")
+
+
+def cell_of(method: str, seed: int = 0, images: Images | None = None, **changes: Any) -> Cell:
+    fingerprint = images.fingerprint if images else "0" * 64
+    return Cell(dataclasses.replace(TINY, **changes), METHODS[method], seed, fingerprint)
+
+
+def run(
+    cell: Cell,
+    images: Images,
+    folder: Path,
+    announce: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    return cells.run(
+        cell, images, torch.device("cpu"), folder, GIT, announce or (lambda event: None)
+    )
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def finished(images: Images, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The record of each method's uninterrupted cell."""
+    return {
+        method: run(cell_of(method, images=images), images, tmp_path_factory.mktemp(method))
+        for method in METHODS
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_record_is_valid_and_full(method: str, finished: dict[str, Any]) -> None:
+    record = finished[method]
+    assert records.problem(record) is None
+    for matrix in record["accuracy"].values():
+        assert len(matrix) == 3
+        for i, row in enumerate(matrix):
+            assert [value is None for value in row] == [j > i for j in range(3)]
+    assert len(record["logit_drift"]) == len(record["seconds"]["tasks"]) == 3
+    assert record["parameters"]["trainable"] == 64 * 40 + 40 + 40 * 40 + 40 + 40 * 10 + 10
+    assert record["config"]["experiment"]["hidden"] == [40, 40]
+    assert record["environment"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("method", ["clnp", "single_task"])
+def test_no_forgetting(method: str, finished: dict[str, Any]) -> None:
+    record = finished[method]
+    assert record["logit_drift"] == [0.0, 0.0, 0.0]
+    for j in range(3):
+        assert len({record["accuracy"]["test"][i][j] for i in range(j, 3)}) == 1
+
+
+def test_finetune_forgets(finished: dict[str, Any]) -> None:
+    record = finished["finetune"]
+    assert record["logit_drift"][0] > 0
+    assert record["accuracy"]["test"][2][0] < record["accuracy"]["test"][0][0]
+
+
+def test_what_is_stored(finished: dict[str, Any]) -> None:
+    for method, networks in (("clnp", 1), ("finetune", 1), ("single_task", 3)):
+        parameters = finished[method]["parameters"]
+        assert parameters["stored"] == networks * parameters["trainable"]
+
+
+def test_capacity_rows(finished: dict[str, Any]) -> None:
+    rows = finished["clnp"]["capacity"]
+    assert [(row["task"], row["layer"]) for row in rows] == [
+        (task, layer) for task in range(3) for layer in ("fc1", "fc2")
+    ]
+    assert finished["finetune"]["capacity"] == []
+
+
+def test_first_task_is_the_same_for_finetune_and_single_task(finished: dict[str, Any]) -> None:
+    # Same weights, same order of the data: seeds are paired across methods.
+    first = [finished[m]["accuracy"]["test"][0][0] for m in ("finetune", "single_task")]
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stop", [("epoch", 1), ("task", 1)])
+def test_resumed_equals_uninterrupted(
+    method: str, stop: tuple[str, int], images: Images, finished: dict[str, Any], tmp_path: Path
+) -> None:
+    cell = cell_of(method, images=images)
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if (event["event"], event.get("task")) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cell, images, tmp_path, interrupt)
+    torch.manual_seed(99)  # whatever the next process does before
+    events: list[dict[str, Any]] = []
+    record = run(cell, images, tmp_path, events.append)
+    assert events[0]["learnt"] == (1 if stop[0] == "epoch" else 2)
+    assert without_times(record) == without_times(finished[method])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
+def test_damaged_state_is_named_and_ignored(
+    damage: str, images: Images, finished: dict[str, Any], tmp_path: Path
+) -> None:
+    cell = cell_of("finetune", images=images)
+    run(cell if damage != "other" else cell_of("finetune", 1, images), images, tmp_path)
+    path = tmp_path / cells.STATE
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    events: list[dict[str, Any]] = []
+    record = run(cell, images, tmp_path, events.append)
+    assert str(path) in events[0]["ignored"]
+    assert events[0]["learnt"] == 0
+    assert without_times(record) == without_times(finished["finetune"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_is_plain_and_small(method: str, images: Images, tmp_path: Path) -> None:
+    cell = cell_of(method, images=images, tasks=2)
+    record = run(cell, images, tmp_path)
+    path = tmp_path / cells.STATE
+    assert cells.load_state(path, cell.hash)["accuracy"] == record["accuracy"]
+    # No optimizer in it: the weights, the probes of the drift, some numbers.
+    probes = 2 * 360 * 10
+    assert path.stat().st_size < 4 * (record["parameters"]["stored"] + probes) * 1.05 + 20_000
+    assert [p.name for p in tmp_path.iterdir()] == [cells.STATE]
+
+
+def test_events_tell_the_whole_cell(images: Images, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    record = run(cell_of("clnp", images=images, tasks=2), images, tmp_path, events.append)
+    assert [event["event"] for event in events] == [
+        "start",
+        "epoch",
+        "epoch",
+        "task",
+        "epoch",
+        "epoch",
+        "task",
+        "end",
+    ]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert [(e["task"], e["epoch"]) for e in epochs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(0 < e["loss"] < 3 and 0 <= e["validation"] <= 1 for e in epochs)
+    assert events[3]["accuracy"]["test"] == record["accuracy"]["test"][0]
+    assert [row["layer"] for row in events[6]["capacity"]] == ["fc1", "fc2"]
+
+
+def test_loss_that_is_not_finite_ends_the_cell(images: Images, tmp_path: Path) -> None:
+    diverging = dataclasses.replace(METHODS["finetune"], settings={"quickstart": Settings(lr=1e38)})
+    cell = Cell(TINY, diverging, 0, images.fingerprint)
+    with pytest.raises(FloatingPointError, match="task 0, epoch 0"):
+        run(cell, images, tmp_path)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def made_method(**settings: Any) -> Method[Settings]:
+    return Method(
+        name="made",
+        build=METHODS["finetune"].build,
+        settings={"pmnist": Settings(**settings)},
+        task_id_at_test=False,
+    )
+
+
+def test_hash_is_what_it_always_was() -> None:
+    # If this fails, every record ever made has lost its name: change the rule of the hash no more.
+    assert Cell(PermutedMNIST(), made_method(), 0, "f").hash[:16] == "efa14490627c628e"
+    assert Cell(PermutedMNIST(), made_method(lr=0.5), 0, "f").hash[:16] == "ea9462910457bca4"
+
+
+def test_hash_names_what_changes_the_result() -> None:
+    base = Cell(PermutedMNIST(), made_method(), 0, "f")
+    others = [
+        Cell(PermutedMNIST(tasks=3), made_method(), 0, "f"),
+        Cell(PermutedMNIST(precision="fp32"), made_method(), 0, "f"),
+        Cell(PermutedMNIST(), made_method(lr=0.1), 0, "f"),
+        Cell(PermutedMNIST(), dataclasses.replace(made_method(), revision=2), 0, "f"),
+        Cell(PermutedMNIST(), dataclasses.replace(made_method(), name="other"), 0, "f"),
+        Cell(PermutedMNIST(), made_method(), 1, "f"),
+        Cell(PermutedMNIST(), made_method(), 0, "e"),
+    ]
+    assert len({cell.hash for cell in [base, *others]}) == 8
+
+
+def test_a_new_field_with_a_default_keeps_old_names() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Later(Settings):
+        momentum: float = 0.9
+
+    method = dataclasses.replace(made_method(), settings={"pmnist": Later()})
+    assert Cell(PermutedMNIST(), method, 0, "f").hash == (
+        Cell(PermutedMNIST(), made_method(), 0, "f").hash
+    )
+
+
+def test_any_override_renames_the_experiment() -> None:
+    names = {PermutedMNIST().name, PermutedMNIST(tasks=10).name}
+    assert names == {"pmnist"}
+    custom = [
+        PermutedMNIST(tasks=3),
+        PermutedMNIST(epochs=60, method_epochs=False),
+        PermutedMNIST(precision="fp32"),
+        PermutedMNIST(settings=("clnp.margin=0.1",)),
+    ]
+    assert len({e.name for e in custom}) == 4
+    assert all(e.name.startswith("pmnist-custom-") for e in custom)
+
+
+def test_config_holds_every_field() -> None:
+    config = cell_of("clnp").config
+    assert set(config) == {"experiment", "method", "revision", "data"}
+    assert set(config["method"]) == {f.name for f in dataclasses.fields(CLNPSettings)}
+    assert {f.name for f in dataclasses.fields(TINY)} < set(config["experiment"])

@@ -1,0 +1,344 @@
+"""The command line: what it runs, what it refuses, and what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.cell
+from benchmarks import runner
+from benchmarks.__main__ import Run, main
+from benchmarks.methods import METHODS
+from benchmarks.tracking import Tracker
+
+Call = Callable[..., int]
+TINY = ("quickstart", "--tasks", "2", "--epochs", "1", "--wandb", "disabled", "--device", "cpu")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Call `python -m benchmarks run` on a tiny experiment, with all folders under `tmp_path`."""
+    # The report has tests of its own.
+    monkeypatch.setattr("benchmarks.reporting.page.build", lambda *_: "the table")
+
+    def call(*options: str) -> int:
+        folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "runs", "out", "data")]
+        return main(["run", *TINY, *folders, *options])
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def record_of(tmp_path: Path, method: str, seed: int) -> Path:
+    (path,) = tmp_path.glob(f"records/*/{method}/seed{seed}-*.json")
+    return path
+
+
+def test_a_grid_is_run_once(run: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ("--methods", "finetune", "single_task", "--seeds", "0", "2")
+    assert run(*grid) == 0
+    first = files(tmp_path / "records")
+    assert len(first) == 4
+    assert all(name.startswith("quickstart-custom-") for name in first)
+    assert "the table" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("state.pt"))
+
+    assert run(*grid) == 0
+    assert files(tmp_path / "records") == first
+    assert "4 of them recorded already" in capsys.readouterr().out
+
+    assert run(*grid, "--force") == 0
+    again = files(tmp_path / "records")
+    assert again.keys() == first.keys()
+    assert again != first  # the times
+
+
+def test_n_seeds_counts_from_zero(run: Call, tmp_path: Path) -> None:
+    assert run("--methods", "finetune", "--n-seeds", "2") == 0
+    assert [p.name.split("-")[0] for p in sorted(tmp_path.glob("records/*/*/*"))] == [
+        "seed0",
+        "seed1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--methods", "finetun"], "Did you mean 'finetune'"),
+        (["--methods", "clnp", "clnp"], "method clnp is given twice"),
+        (["--seeds", "0", "1", "0"], "seed 0 is given twice"),
+        (["--seeds", "-1"], "-1"),
+        (["--seeds", "0", "--n-seeds", "2"], "not both"),
+        (["--n-seeds", "0"], "No seed"),
+        (["--tasks", "0"], "tasks"),
+        (["--epochs", "-3"], "epochs"),
+        (["--methods", "clnp", "--set", "clnp.margin=1"], "margin"),
+        (["--methods", "clnp", "--set", "clnp.marign=0.1"], "Did you mean 'margin'"),
+        (["--methods", "finetune", "--set", "clnp.margin=0.1"], "not run"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    options: list[str],
+    says: str,
+    run: Call,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(*options) == 2
+    output = capsys.readouterr()
+    assert says in output.err
+    assert "Traceback" not in output.err
+    assert files(tmp_path) == {}
+
+
+def test_unknown_experiment_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "pmnis"]) == 2
+    assert "Did you mean 'pmnist'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["run", "pmnist", "--seedz", "1"], ["rum"], []])
+def test_typos_in_options_get_a_suggestion(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    if "--seedz" in arguments:
+        assert "--seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["records", "runs"])
+def test_folders_that_cannot_be_written_are_told_before_training(
+    folder: str,
+    run: Call,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(benchmarks.cell, "run", lambda *_: pytest.fail("trained"))
+    (tmp_path / folder).write_text("a file where the folder should be")
+    assert run("--methods", "finetune", "--seeds", "0") == 2
+    assert "Cannot write" in capsys.readouterr().err
+
+
+def test_missing_data_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "runs", "out")]
+    empty = tmp_path / "data"
+    code = main(["run", "pmnist", "--methods", "finetune", *folders, f"--data-dir={empty}"])
+    assert code == 2
+    assert str(empty) in capsys.readouterr().err
+
+
+def test_a_failing_cell_does_not_stop_the_others(
+    run: Call,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = ("--methods", "finetune", "single_task", "--seeds", "0")
+    real = benchmarks.cell.run
+
+    def fails(cell: Any, *rest: Any) -> dict[str, Any]:
+        if cell.method.name == "finetune":
+            raise RuntimeError("a made-up fault")
+        return real(cell, *rest)
+
+    monkeypatch.setattr(benchmarks.cell, "run", fails)
+    assert run(*grid) == 1
+    assert "a made-up fault" in capsys.readouterr().out
+    assert [p.parent.name for p in tmp_path.glob("records/*/*/*.json")] == ["single_task"]
+    (trace,) = tmp_path.glob("runs/*/finetune/*/traceback.txt")
+    text = trace.read_text()
+    assert "RuntimeError: a made-up fault" in text
+    assert '"lr"' in text
+
+    # A rerun tries only what is missing, and tidies up.
+    tried: list[str] = []
+    monkeypatch.setattr(
+        benchmarks.cell, "run", lambda cell, *r: tried.append(cell.method.name) or real(cell, *r)
+    )
+    assert run(*grid) == 0
+    assert tried == ["finetune"]
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_a_stopped_run_says_how_to_go_on_and_goes_on(
+    number: int,
+    code: int,
+    run: Call,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = ("--methods", "finetune", "--seeds", "0")
+    announce = Tracker.announce
+
+    def stop(self: Tracker, event: dict[str, Any]) -> None:
+        announce(self, event)
+        if event["event"] == "task" and event["task"] == 0:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Tracker, "announce", stop)
+    assert run(*grid) == code
+    out = capsys.readouterr().out
+    assert "goes on from there" in out
+    assert not list(tmp_path.glob("records/*/*/*.json"))
+    (state,) = tmp_path.rglob("state.pt")
+    assert str(state.parent) in out
+
+    monkeypatch.setattr(Tracker, "announce", announce)
+    assert run(*grid) == 0
+    assert "going on after task 1/2" in capsys.readouterr().out
+    resumed = json.loads(record_of(tmp_path, "finetune", 0).read_text())
+    assert run(*grid, "--force") == 0
+    straight = json.loads(record_of(tmp_path, "finetune", 0).read_text())
+    for key in ("accuracy", "logit_drift", "parameters"):
+        assert resumed[key] == straight[key]
+
+
+def test_a_damaged_record_is_named_and_never_used(
+    run: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = ("--methods", "finetune", "--seeds", "0", "1")
+    assert run(*grid) == 0
+    path, other = record_of(tmp_path, "finetune", 0), record_of(tmp_path, "finetune", 1)
+    kept = other.read_bytes()
+    path.write_bytes(path.read_bytes()[:100])
+    assert run(*grid) == 2
+    assert str(path) in capsys.readouterr().err
+    assert other.read_bytes() == kept
+    assert run("--methods", "finetune", "--seeds", "0", "--force") == 0
+    assert run(*grid) == 0
+
+
+def test_a_default_that_changed_under_a_record_is_an_error(
+    run: Call,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = ("--methods", "finetune", "--seeds", "0")
+    assert run(*grid) == 0
+    before = files(tmp_path / "records")
+    config = benchmarks.cell.Cell.config.func  # type: ignore[attr-defined]
+
+    def changed(self: Any) -> dict[str, Any]:
+        return {**config(self), "revision": 2}
+
+    monkeypatch.setattr(benchmarks.cell.Cell, "config", property(changed))
+    assert run(*grid) == 2
+    error = capsys.readouterr().err
+    assert "finetune seed 0" in error
+    assert "revision: recorded 1, now 2" in error
+    assert files(tmp_path / "records") == before
+
+
+# --- other commands -------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_explains_every_option() -> None:
+    code = (
+        "import sys; from benchmarks.__main__ import main\n"
+        "try: main(['run', '--help'])\n"
+        "finally: sys.exit('torch' in sys.modules or 'avalanche' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=runner.ROOT,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert result.returncode == 0, result.stderr
+    for name in Run.__dataclass_fields__:
+        option = {"experiment": "pmnist or quickstart", "settings": "--set"}.get(name)
+        assert (option or f"--{name.replace('_', '-')}") in result.stdout
+    assert "clnp.margin=0.001" in result.stdout
+
+
+def test_prepare_and_report_are_dispatched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["prepare", "digits", f"--data-dir={tmp_path}"]) == 0
+    assert "digits" in capsys.readouterr().out
+    assert main(["prepare", "digitz", f"--data-dir={tmp_path}"]) == 2
+    monkeypatch.setattr("benchmarks.reporting.page.build", lambda r, o, e: f"{r.name} {o.name} {e}")
+    places = [f"--records-dir={tmp_path / 'r'}", f"--out-dir={tmp_path / 'o'}"]
+    assert main(["report", *places]) == 0
+    assert main(["report", "pmnist", *places]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["r o None", "r o ['pmnist']"]
+
+
+# --- git ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    git("init", "--quiet")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "cell.py").write_text("a = 1\n")
+    (tmp_path / "constraints.txt").write_text("torch==1\n")
+    (tmp_path / "README.md").write_text("hello\n")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "start")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"),
+    [
+        (None, False),
+        ("benchmarks/cell.py", True),
+        ("benchmarks/new.py", True),
+        ("constraints.txt", True),
+        ("README.md", False),
+        ("reports/records/pmnist/clnp/seed0-12345678.json", False),
+        ("runs/log.jsonl", False),
+        ("tests/test_cell.py", False),
+        ("benchmarks/reporting/page.py", False),
+    ],
+)
+def test_only_code_and_constraints_make_a_tree_dirty(
+    path: str | None, dirty: bool, checkout: Path
+) -> None:
+    if path:
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).write_text("changed\n")
+    state = runner.git_state(checkout)
+    assert state["dirty"] is dirty
+    assert len(state["commit"]) == 40
+
+
+def test_outside_of_git_nobody_knows_what_ran(tmp_path: Path) -> None:
+    assert runner.git_state(tmp_path) == {"commit": None, "dirty": True}
+
+
+def test_methods_of_the_presets_exist() -> None:
+    from benchmarks.__main__ import experiments
+
+    for preset in experiments().values():
+        assert set(preset.methods) <= set(METHODS)

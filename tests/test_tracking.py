@@ -1,0 +1,255 @@
+"""Tracking: the log, the view, and W&B, which must never stop a training."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import cell as cells
+from benchmarks.data import load
+from benchmarks.methods import METHODS
+from benchmarks.quickstart import Quickstart
+from benchmarks.tracking import Log, Mirror, Tracker, View, logged_in
+
+START = {
+    "event": "start",
+    "cell": "quickstart clnp seed 0",
+    "hash": "ab" * 32,
+    "config": {"experiment": {"name": "quickstart"}},
+    "tasks": 2,
+    "learnt": 0,
+    "ignored": None,
+}
+EPOCH = {
+    "event": "epoch",
+    "task": 0,
+    "epoch": 1,
+    "epochs": 3,
+    "loss": 0.25,
+    "validation": 0.75,
+    "seconds": 1.0,
+}
+TASK = {
+    "event": "task",
+    "task": 1,
+    "accuracy": {"validation": [0.5, 0.75], "test": [0.5, 1.0]},
+    "capacity": [{"layer": "fc1", "used": 3, "new": 1, "reused": 2, "free": 7}],
+    "seconds": 2.0,
+}
+END = {
+    "event": "end",
+    "accuracy": {"validation": [[0.5, None], [0.5, 0.75]], "test": [[0.5, None], [0.5, 1.0]]},
+    "logit_drift": [0.0, 0.0],
+}
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Read a W&B run file: a LevelDB log of protocol buffers (shared/avalanche.md)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # the end of a block has no room for a header
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def history(path: Path) -> dict[str, list[Any]]:
+    """Return all values of each metric in a W&B run file."""
+    found: dict[str, list[Any]] = {}
+    for record in wandb_records(path):
+        for item in record.history.item:
+            key = item.key or "/".join(item.nested_key)
+            found.setdefault(key, []).append(json.loads(item.value_json))
+    return found
+
+
+def test_offline_run_file_holds_the_cell(tmp_path: Path) -> None:
+    experiment = Quickstart(tasks=2, epochs=2, hidden=(40, 40), batch_size=128)
+    images = load("digits")
+    cell = cells.Cell(experiment, METHODS["clnp"], 0, images.fingerprint)
+    with View(1, Console(file=io.StringIO())) as view:
+        tracker = Tracker(tmp_path, "offline", view)
+        record = cells.run(
+            cell, images, torch.device("cpu"), tmp_path, {"commit": None, "dirty": True},
+            tracker.announce,
+        )  # fmt: skip
+        tracker.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    mirrored = history(path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    epochs = [event for event in log if event["event"] == "epoch"]
+    assert mirrored["epoch/loss"] == [event["loss"] for event in epochs]
+    assert mirrored["epoch/validation"] == [event["validation"] for event in epochs]
+    assert len(epochs) == 4
+    assert mirrored["test/task 0"] == [row[0] for row in record["accuracy"]["test"]]
+    assert mirrored["validation/task 1"] == [record["accuracy"]["validation"][1][1]]
+    used = [row["used"] for row in record["capacity"] if row["layer"] == "fc1"]
+    assert mirrored["capacity/fc1/used"] == used
+    summary: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for entry in wandb_records(path):
+        summary |= {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in entry.summary.update
+        }
+        for update in (entry.run.config.update, entry.config.update):
+            config |= {item.key: json.loads(item.value_json) for item in update}
+    assert summary["test/accuracy"] == record["accuracy"]["test"]
+    assert summary["logit_drift"] == record["logit_drift"]
+    assert config["method"]["margin"] == cell.settings.margin  # type: ignore[attr-defined]
+    assert config["hash"] == cell.hash
+
+
+class Broken:
+    """A W&B run that fails at a certain call."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+        self.summary: dict[str, Any] = {}
+
+    def log(self, _values: dict[str, Any]) -> None:
+        if self.fails == "log":
+            raise ConnectionError("the server is gone")
+
+    def finish(self, exit_code: int) -> None:
+        if self.fails == "finish":
+            raise TimeoutError("the server is gone")
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_failure_of_wandb_is_told_once(
+    fails: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def init(**_: Any) -> Broken:
+        if fails == "init":
+            raise RuntimeError("the server is gone")
+        return Broken(fails)
+
+    monkeypatch.setattr("wandb.init", init)
+    mirror = Mirror(tmp_path, "online")
+    for event in (START, EPOCH, EPOCH, TASK):
+        mirror.announce(event)
+    mirror.close()
+    assert capsys.readouterr().err.count("the server is gone") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "expected"),
+    [
+        ({}, "auto", "offline"),
+        ({"WANDB_API_KEY": "x"}, "auto", "online"),
+        ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "auto", "offline"),
+        ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "online", "online"),
+        ({"WANDB_API_KEY": "x"}, "disabled", "disabled"),
+    ],
+)
+def test_auto_is_online_only_when_logged_in(
+    environment: dict[str, str],
+    mode: Any,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Mirror(tmp_path, mode).mode == expected
+
+
+def test_a_netrc_entry_is_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    assert not logged_in()
+    file.write_text("machine example.org login user password x\n")
+    file.chmod(0o600)
+    assert not logged_in()
+    file.write_text("machine api.wandb.ai login user password x\n")
+    assert logged_in()
+
+
+def test_a_resumed_cell_goes_on_in_its_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+
+    def init(**options: Any) -> Broken:
+        ids.append(options["id"])
+        return Broken("nothing")
+
+    monkeypatch.setattr("wandb.init", init)
+    for learnt in (0, 1, 0):
+        Mirror(tmp_path, "offline").announce({**START, "learnt": learnt})
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_log_is_a_line_an_event_and_appended(tmp_path: Path) -> None:
+    for events in ((START, EPOCH), (END,)):
+        log = Log(tmp_path / "cell")
+        for event in events:
+            log.announce(event)
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / "cell/log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "epoch", "end"]
+    assert all(line["time"] > 1.7e9 for line in lines)
+    assert {key: lines[1][key] for key in EPOCH} == EPOCH
+
+
+def shown(terminal: bool, *events: dict[str, Any]) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=200)
+    with View(2, console) as view:
+        for event in events:
+            view.announce(event)
+        view.progress.refresh()
+    return file.getvalue()
+
+
+def test_view_prints_lines_where_there_is_no_terminal() -> None:
+    text = shown(False, {**START, "learnt": 1, "ignored": "state.pt is not used"}, EPOCH, TASK, END)
+    assert text.splitlines() == [
+        "quickstart clnp seed 0: state.pt is not used",
+        "quickstart clnp seed 0: going on after task 1/2",
+        "quickstart clnp seed 0: task 2/2 in 2 s, test 100.00 %, mean of the learnt 75.00 %",
+    ]
+
+
+def test_view_tells_epochs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.tracking.LINE_EVERY", -1.0)
+    text = shown(False, START, EPOCH, {**EPOCH, "validation": None})
+    assert "task 1/2 epoch 2/3 loss 0.2500 validation 75.00 %\n" in text
+    assert "loss 0.2500\n" in text
+
+
+def test_view_shows_bars_on_a_terminal() -> None:
+    text = shown(True, START, EPOCH)
+    assert "task 1/2 epoch 2/3 loss 0.2500 validation 75.00 %" in text
+    assert "0/2" in text
+
+
+def test_view_counts_failed_cells() -> None:
+    failed = {"event": "failed", "cell": "quickstart clnp seed 1", "error": "RuntimeError: no"}
+    text = shown(False, START, END, failed)
+    assert "quickstart clnp seed 1 failed: RuntimeError: no" in text
+    assert "1/2" not in text
+    assert "2/2" in shown(True, START, END, failed)
