@@ -92,6 +92,12 @@ ADAPTERS = (
 SUPPORTED = ", ".join(t.__name__ for adapter in ADAPTERS for t in adapter.types)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether CLNP must know the module: it has parameters, or is of a type that it splits."""
+    known = any(isinstance(module, adapter.types) for adapter in ADAPTERS)
+    return known or any(p is not None for p in module._parameters.values())
+
+
 def adapter_of(name: str, module: nn.Module) -> Adapter:
     """The adapter of a layer.
 
@@ -101,6 +107,12 @@ def adapter_of(name: str, module: nn.Module) -> Adapter:
         If no adapter knows the layer, or it is used in a way that the adapter can't honour; the
         message names the layer and what is supported.
     """
+    if not name and list(module.children()):
+        own = next(key for key, p in module._parameters.items() if p is not None)
+        raise UnsupportedNetwork(
+            f"the model has a parameter of its own, {own!r}, and CLNP doesn't know how to split it "
+            f"by unit; put it into a layer ({SUPPORTED})"
+        )
     where = f"layer {name!r} ({module})"
     for adapter in ADAPTERS:
         if not isinstance(module, adapter.types):
@@ -168,7 +180,8 @@ def reset(module: nn.Module, seed: int) -> dict[str, Tensor]:
         Seed of the draw.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the GPUs' generators as well, for good.
+        torch.default_generator.manual_seed(seed)
         # A new object of the layer's shape, not a deep copy: hooks and graphs stay behind.
         fresh = module.__class__.__new__(module.__class__)
         fresh.__dict__ = {

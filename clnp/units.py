@@ -14,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from clnp.errors import UnsupportedNetwork
-from clnp.layers import adapter_of
+from clnp.layers import adapter_of, is_layer
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """How the network is called: ``forward(model, x)`` gives the logits (N, classes)."""
@@ -131,6 +131,8 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
     traced = copy.deepcopy(model).eval().requires_grad_(True)
     names = {module: name for name, module in traced.named_modules()}
     order, output = _called_layers(traced, names, forward, example)
+    _refuse_uses_elsewhere(traced, order, output)
+    _refuse_states(model, forward, example)
     if output.dim() != 2:
         raise UnsupportedNetwork(
             f"the model's output has shape {tuple(output.shape)}; CLNP needs logits of shape "
@@ -198,10 +200,10 @@ def _called_layers(
     handles = [
         module.register_forward_pre_hook(lambda m, _: calls.append(names[m]))
         for module in model.modules()
-        if any(p is not None for p in module._parameters.values())
+        if is_layer(module)
     ]
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             output = forward(model, example)
     finally:
         for handle in handles:
@@ -216,15 +218,63 @@ def _called_layers(
             f"layer {again[0]!r} is called more than once in a forward pass; give each use a layer "
             "of its own"
         )
-    owners: dict[int, str] = {}
     for name in calls:
+        if "forward" in model.get_submodule(name).__dict__:
+            raise UnsupportedNetwork(
+                f"layer {name!r} has had its forward replaced, which CLNP can't slice; remove what "
+                "replaced it"
+            )
+    return calls, output
+
+
+def _refuse_uses_elsewhere(model: nn.Module, order: list[str], output: Tensor) -> None:
+    """Refuse parameters that two layers share, or that the output reads past any layer."""
+    owners: dict[nn.Parameter, str] = {}
+    for name in order:
         for parameter in model.get_submodule(name)._parameters.values():
-            if parameter is not None and owners.setdefault(id(parameter), name) != name:
+            if parameter is not None:
+                owners[parameter] = name
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and owners.get(parameter, name) != name:
                 raise UnsupportedNetwork(
-                    f"layers {owners[id(parameter)]!r} and {name!r} share a parameter; CLNP can't "
+                    f"layers {owners[parameter]!r} and {name!r} share a parameter; CLNP can't "
                     "freeze it for one of them alone"
                 )
-    return calls, output
+    loose = [(name, p) for name, p in model.named_parameters() if p not in owners]
+    if not loose or not output.requires_grad:
+        return
+    read = torch.autograd.grad(output.sum(), [p for _, p in loose], allow_unused=True)
+    for (name, _), gradient in zip(loose, read, strict=True):
+        if gradient is not None:
+            raise UnsupportedNetwork(
+                f"the parameter {name!r} is used outside a call of the layer that it belongs to, "
+                "so that CLNP can't split it; call the layer, or make it part of one"
+            )
+
+
+def _refuse_states(model: nn.Module, forward: Forward, example: Tensor) -> None:
+    """Refuse layers that write into buffers while they train, unless an adapter splits them."""
+    copied = copy.deepcopy(model).train()
+    kept = {
+        (name, key): (module, buffer.clone())
+        for name, module in copied.named_modules()
+        if not is_layer(module)
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    if not kept:
+        return
+    cuda = [example.device] if example.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():  # dropout draws here
+        forward(copied, torch.cat([example, example]))  # batch norm wants two samples
+    for (name, key), (module, buffer) in kept.items():
+        after = module._buffers[key]
+        if after is None or not torch.equal(after, buffer):
+            raise UnsupportedNetwork(
+                f"layer {name!r} writes into its buffer {key!r} while it trains, and learnt tasks "
+                "would read what later ones write; keep it out of the model"
+            )
 
 
 def _group(
@@ -257,6 +307,11 @@ def _group(
             )
         reads = graph.is_in_channel_pruning_fn(item.dep.handler)
         if not adapter.has_columns:
+            if repeat != 1:
+                raise UnsupportedNetwork(
+                    f"layer {member!r} is a norm behind a flatten: it has {repeat} entries for "
+                    f"each unit of {writer!r}, which is not supported; put it before the flatten"
+                )
             norms.add(member)
         elif reads:
             columns = model.get_submodule(member)._parameters["weight"].shape[1]  # type: ignore[union-attr]
