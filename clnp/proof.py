@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from clnp.errors import UnsupportedNetwork
 from clnp.layers import adapter_of, row_tensors
-from clnp.network import Head, PartitionedNetwork
+from clnp.network import PartitionedNetwork
 from clnp.partition import permute, sever
 from clnp.units import Forward, Layout
 
 TOLERANCE = 1e-3
 """Largest difference taken for rounding, as a share of the logits' spread (fp32 sums)."""
+
+DRAWS = 3
+"""Times that all is drawn anew: the few units of a narrow layer may be dead in one draw."""
 
 ADVICE = (
     "CLNP can't split this network without forgetting; look for operations that mix units "
@@ -47,7 +50,8 @@ def prove(
     forward
         How the network is called.
     example : (N, ...)
-        A batch of inputs; a few rows of it are used.
+        A batch of inputs; noise of the shape of a few of them is used, since what holds for an
+        empty image needn't hold for others.
     single_head
         Whether all tasks share the head.
 
@@ -56,12 +60,36 @@ def prove(
     UnsupportedNetwork
         If one of them fails; the message names the group.
     """
-    example = example[:16]
+    _check_shapes(model, layout)
     model = copy.deepcopy(model).eval()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _prove_permutations(model, layout, forward, example)
-        _prove_prefixes(model, layout, forward, example, single_head)
+        # torch.manual_seed would seed the GPUs' generators as well, for good.
+        torch.default_generator.manual_seed(0)
+        for _ in range(DRAWS):
+            x = torch.randn(example[:8].shape).to(example)
+            _prove_permutations(model, layout, forward, x)
+            _prove_prefixes(model, layout, forward, x, single_head)
+
+
+def _check_shapes(model: nn.Module, layout: Layout) -> None:
+    """Each layer of a group has as many rows, or columns, as the group's units need."""
+    for group in layout.groups:
+        for name in (*group.writers, *group.norms):
+            module = model.get_submodule(name)
+            for tensor in row_tensors(module, adapter_of(name, module)).values():
+                if tensor is not None and tensor.shape[0] != group.width:
+                    raise UnsupportedNetwork(
+                        f"layer {name!r} has {tensor.shape[0]} units, but it is grouped with the "
+                        f"{group.width} units of {group.name!r}. {ADVICE}"
+                    )
+        for reader in group.readers:
+            weight = model.get_submodule(reader.layer)._parameters["weight"]
+            assert weight is not None
+            if weight.shape[1] != group.width * reader.repeat:
+                raise UnsupportedNetwork(
+                    f"layer {reader.layer!r} has {weight.shape[1]} columns, but the {group.width} "
+                    f"units of {group.name!r} take {group.width * reader.repeat}. {ADVICE}"
+                )
 
 
 def _draw(model: nn.Module, layout: Layout) -> None:
@@ -82,8 +110,10 @@ def _draw(model: nn.Module, layout: Layout) -> None:
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not bool(torch.isfinite(a).all()):
+        return True
     spread = (a - a.mean()).abs().max().clamp(min=1e-6)
-    return bool((a - b).abs().max() > TOLERANCE * spread) or not bool(torch.isfinite(a).all())
+    return bool((a - b).abs().max() > TOLERANCE * spread)
 
 
 def _prove_permutations(model: nn.Module, layout: Layout, forward: Forward, x: Tensor) -> None:
@@ -102,35 +132,65 @@ def _prove_permutations(model: nn.Module, layout: Layout, forward: Forward, x: T
 def _prove_prefixes(
     model: nn.Module, layout: Layout, forward: Forward, x: Tensor, single_head: bool
 ) -> None:
+    groups = {group.name for group in layout.groups}
+    problem = _prefix_problem(model, layout, forward, x, single_head, groups)
+    if problem is None:
+        return
+    # Which layer is it? One that fails where it alone is narrower; else they fail together.
+    alone = [
+        name
+        for name in sorted(groups)
+        if _prefix_problem(model, layout, forward, x, single_head, {name})
+    ]
+    layers = ", ".join(map(repr, alone or sorted(groups)))
+    raise UnsupportedNetwork(f"what comes behind layer {layers}: {problem}. {ADVICE}")
+
+
+def _prefix_problem(
+    model: nn.Module,
+    layout: Layout,
+    forward: Forward,
+    x: Tensor,
+    single_head: bool,
+    narrow: set[str],
+) -> str | None:
+    """What goes wrong when the given groups are split between two tasks and free units."""
     network = PartitionedNetwork(model, layout, single_head)
-    first = {g.name: max(1, g.width // 3) for g in layout.groups}
-    second = {g.name: min(g.width, max(first[g.name] + 1, 2 * g.width // 3)) for g in layout.groups}
-    last = layout.last
-    tasks = [first] if second[last.name] == first[last.name] else [first, second]
+    first, second = (
+        {g.name: part(g.width) if g.name in narrow else g.width for g in layout.groups}
+        for part in (_third, _two_thirds)
+    )
+    last = layout.last.name
+    tasks = [first] if second[last] == first[last] else [first, second]
     for used in tasks:
         network.learn(used)
     _draw(model, layout)
+    head = network.modules[layout.head]._parameters["weight"]
+    assert head is not None
+    drawn = head.clone()
     for used in reversed(tasks):
         sever(network.modules, layout, used)
+    head.copy_(drawn)  # the first cut severs the head from what the second task reads
     try:
         before = [network.subnetwork(t, forward)(x) for t in range(len(tasks))]
     except Exception as error:
-        raise UnsupportedNetwork(
-            f"the network's forward fails on narrower layers ({type(error).__name__}: {error}). "
-            f"{ADVICE}"
-        ) from error
+        return f"the forward fails on fewer units ({type(error).__name__}: {error})"
     for task in range(len(tasks)):
         if _differs(_masked(network, task, forward, x), before[task]):
-            raise UnsupportedNetwork(
-                "a part of the network computes something else than the same units do in the whole "
-                f"network. {ADVICE}"
-            )
+            return "some units alone compute something else than they do in the whole network"
     _write_free_entries(network, tasks[-1])
     for task, logits in enumerate(before):
         if not torch.equal(logits, network.subnetwork(task, forward)(x)):
-            raise UnsupportedNetwork(
-                f"free weights reach the output of a task that has been learnt. {ADVICE}"
-            )
+            return "free weights reach the output of a task that has been learnt"
+    return None
+
+
+def _third(width: int) -> int:
+    return max(1, width // 3)
+
+
+def _two_thirds(width: int) -> int:
+    return min(width, max(_third(width) + 1, 2 * width // 3))
 
 
 def _masked(network: PartitionedNetwork, task: int, forward: Forward, x: Tensor) -> Tensor:
@@ -149,8 +209,7 @@ def _masked(network: PartitionedNetwork, task: int, forward: Forward, x: Tensor)
                 columns = modules[reader.layer]._parameters["weight"]
                 assert columns is not None
                 columns[:rows, used[group.name] * reader.repeat :] = 0.0
-    start: Head = network.heads[task]
-    weight[:, : start.start * repeat] = 0.0
+    weight[:, : network.heads[task].start * repeat] = 0.0
     weight[:, used[layout.last.name] * repeat :] = 0.0
     return forward(model, x)
 
