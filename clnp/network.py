@@ -320,10 +320,11 @@ class PartitionedNetwork:
         CapacityExhausted
             If a single head has no free unit left in the last hidden layer.
         """
-        if layout.core() != self.layout.core():
+        if layout.core() != self.layout.core() or layout.last.name != self.layout.last.name:
             raise UnsupportedNetwork(
                 "the network has changed since the last task (layers added, removed or resized "
-                "outside the head); CLNP needs the same hidden layers for all tasks"
+                "outside the head, or a head that reads another layer); CLNP needs the same hidden "
+                "layers for all tasks"
             )
         self.layout = layout
         before = {name: f[-1] for name, f in self.partition.frontiers.items()}
@@ -368,10 +369,13 @@ class PartitionedNetwork:
         if key == "weight":
             # Optimizers, fused ones above all, are right on row views only: columns are copied.
             _, repeat = self._head_reads(self.layout.head)
-            return nn.Parameter(original.detach()[:, start * repeat :].clone())
+            columns = original.detach()[:, start * repeat :].clone()
+            return nn.Parameter(columns, requires_grad=original.requires_grad)
         first = self.partition.tasks == 0
         trains = {"shared": first, "per-task": True, "none": False}[self.head_bias]
-        return nn.Parameter(original.detach().clone(), requires_grad=trains)
+        return nn.Parameter(
+            original.detach().clone(), requires_grad=trains and original.requires_grad
+        )
 
     def _new_head(self, before: dict[str, int]) -> Head:
         """The head of the task in training, with the layer's bias as it stands."""
@@ -485,9 +489,9 @@ class PartitionedNetwork:
                 f"{self.partition.widths}"
             )
         frontiers = {name: list(f) for name, f in state["frontiers"].items()}
-        self.partition = Partition(dict(state["widths"]), frontiers)
+        partition = Partition(dict(state["widths"]), frontiers)
         device = next(self.model.parameters()).device
-        self.heads = [
+        heads = [
             Head(
                 h["layer"],
                 h["start"],
@@ -496,12 +500,21 @@ class PartitionedNetwork:
             )
             for h in state["heads"]
         ]
-        frozen = self._frozen()
-        if frozen.keys() != state["frozen"].keys():
+        loaded = state["frozen"]
+        kept = self.partition, self.heads
+        self.partition, self.heads = partition, heads
+        try:
+            frozen = self._frozen()
+            shapes = {name: tuple(tensor.shape) for name, tensor in frozen.items()}
+            saved = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+            if shapes != saved:
+                raise ValueError(f"the state holds the tensors {saved}, this network {shapes}")
+        except (AttributeError, ValueError) as error:
+            self.partition, self.heads = kept
             raise ValueError(
-                f"the state holds the layers {sorted(state['frozen'])}, this network "
-                f"{sorted(frozen)}"
-            )
+                f"the state is of another network ({error}); build the model as it was, with the "
+                "heads of all learnt tasks"
+            ) from error
         for name, tensor in frozen.items():
-            tensor.copy_(state["frozen"][name])
+            tensor.copy_(loaded[name])
         sever(self.modules, self.layout, {name: f[-1] for name, f in frontiers.items()})

@@ -28,6 +28,11 @@ class Partition:
         Number of units of each group, in forward order.
     frontiers
         ``frontiers[layer][t]`` units of the layer were active after t tasks; starts with 0.
+
+    Raises
+    ------
+    ValueError
+        If frontiers don't rise from 0 to at most the layer's width.
     """
 
     widths: dict[str, int]
@@ -35,6 +40,22 @@ class Partition:
 
     def __post_init__(self) -> None:
         self.frontiers = self.frontiers or {name: [0] for name in self.widths}
+        if self.frontiers.keys() != self.widths.keys():
+            raise ValueError(
+                f"frontiers of layers {list(self.frontiers)}, but the layers are "
+                f"{list(self.widths)}"
+            )
+        for name, f in self.frontiers.items():
+            if (
+                f[:1] != [0]
+                or f != sorted(f)
+                or f[-1] > self.widths[name]
+                or len(f) - 1 != self.tasks
+            ):
+                raise ValueError(
+                    f"layer {name!r} has the frontiers {f}; they must rise from 0 to at most its "
+                    f"{self.widths[name]} units, with one more than the {self.tasks} tasks"
+                )
 
     @property
     def tasks(self) -> int:
@@ -50,7 +71,15 @@ class Partition:
         return {name: f[task + 1] for name, f in self.frontiers.items()}
 
     def append(self, used: dict[str, int]) -> None:
-        """Enter the frontiers of the task just learnt."""
+        """Enter the frontiers of the task just learnt.
+
+        Raises
+        ------
+        ValueError
+            If a frontier is missing, falls, or exceeds the layer's width.
+        """
+        if used.keys() != self.widths.keys():
+            raise ValueError(f"frontiers of layers {list(used)}, not of {list(self.widths)}")
         for name, count in used.items():
             if not self.frontiers[name][-1] <= count <= self.widths[name]:
                 raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clnp.errors import CLNPError
 from clnp.units import Layout
 
 EPSILON = 1e-9
@@ -186,7 +187,18 @@ def graceful_forgetting(
         m, the absolute drop allowed, as a fraction.
     thresholds
         ``"per-layer"``, or ``"shared"``: one theta for all layers.
+
+    Raises
+    ------
+    CLNPError
+        If activities aren't finite: units that give no numbers would spoil every later task.
     """
+    for name, each in activity.items():
+        if not bool(torch.isfinite(each).all()):
+            raise CLNPError(
+                f"units of layer {name!r} give NaN or infinity, so the training diverged and the "
+                "task isn't learnt; lower the learning rate, or clip gradients"
+            )
     rungs = {name: ladder(activity[name], used[name], floors[name]) for name in activity}
     cache: dict[tuple[int, ...], float] = {}
 
@@ -249,7 +261,7 @@ def _shared(
     def at(theta: float) -> dict[str, int]:
         # Each layer's smallest count whose first cut unit isn't above theta.
         return {
-            name: next(i for i, t in enumerate(r.thresholds) if t <= theta or t == r.thresholds[-1])
+            name: next(i for i, t in enumerate(r.thresholds) if t <= theta)
             for name, r in rungs.items()
         }
 
