@@ -30,6 +30,7 @@ from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
 from clnp.proof import prove
 from clnp.pruning import Activity, graceful_forgetting, sorting
+from clnp.sparsity import L1
 from clnp.units import Forward, Layout, find_layout
 
 HOLD_OUT = 0.1
@@ -141,7 +142,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._reused: list[dict[str, int]] = []
         self._train_data: Any = None
         self._valid_data: Any = None
-        self._penalties: list[tuple[nn.Parameter, float, Tensor]] = []
+        self._l1 = L1({}, {})
         self._optimizer: tuple[Optimizer, list[list[nn.Parameter]]] | None = None
         self._current: Hashable = None
         self._checksum = 0
@@ -322,19 +323,13 @@ class CLNPPlugin(SupervisedPlugin):
         self._checksum = network.checksum()
         leaves = network.begin_task(layout)
         self._swap(strategy.optimizer, leaves)
-        self._penalties = [
-            (leaf, alphas[layer], torch.empty_like(leaf))
-            for layer, leaf in network.leaves().items()
-            if alphas[layer] > 0 and leaf.requires_grad
-        ]
+        self._l1 = L1(network.leaves(), alphas)
         self.validation_accuracy = []
         self._task_view.enter_context(network.view(network.training_view))
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """L1 as a subgradient on the free weights: g += alpha·sign(w)."""
-        for leaf, alpha, sign in self._penalties:
-            if leaf.grad is not None:
-                leaf.grad.add_(torch.sign(leaf.detach(), out=sign), alpha=alpha)
+        """L1 on the free weights."""
+        self._l1.add_to_gradients()
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Validation accuracy: the best epoch's is what the margin counts from."""
@@ -671,7 +666,7 @@ class CLNPPlugin(SupervisedPlugin):
                     optimizer.state.pop(leaf, None)
                 group["params"] = originals
         self._optimizer = None
-        self._penalties = []
+        self._l1 = L1({}, {})
 
     def _abandon(self) -> None:
         """Give up a task whose training was interrupted; what was learnt before stands."""
