@@ -1,0 +1,168 @@
+"""The proof refuses layouts that are wrong, and not for a reason of its own."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
+    from clnp import UnsupportedNetwork
+    from clnp import proof as proof_module
+    from clnp.proof import prove
+    from clnp.units import Layout, Reader, UnitGroup, find_layout
+
+
+class Net(nn.Module):
+    """Two readers of one group, a norm, a flatten and a hidden linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+        self.b, self.c = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1)
+        self.d, self.head = nn.Linear(8 * 4, 9), nn.Linear(9, 5)
+        self.act: Callable[[Tensor], Tensor] = F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.a(x)))
+        h = F.relu(self.b(h) + self.c(h))
+        return self.head(self.act(self.d(h.flatten(1))))  # type: ignore[no-any-return]
+
+
+EXAMPLE = (4, 1, 4, 4)
+
+
+def call(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)  # type: ignore[no-any-return]
+
+
+def changed(layout: Layout, name: str, **values: Any) -> Layout:
+    """The layout with a group altered."""
+    groups = tuple(dataclasses.replace(g, **values) if g.name == name else g for g in layout.groups)
+    return dataclasses.replace(layout, groups=groups)
+
+
+@pytest.fixture
+def model() -> Net:
+    return Net()
+
+
+@pytest.fixture
+def right(model: Net) -> Layout:
+    return Layout(
+        (
+            UnitGroup("a", 6, ("a",), ("norm",), (Reader("b", 1), Reader("c", 1))),
+            UnitGroup("b", 8, ("b", "c"), (), (Reader("d", 4),)),
+            UnitGroup("d", 9, ("d",), (), (Reader("head", 1),)),
+        ),
+        "head",
+        ("a", "norm", "b", "c", "d", "head"),
+    )
+
+
+def test_the_right_layout_is_found_and_proved(model: Net, right: Layout) -> None:
+    assert find_layout(model, call, torch.randn(EXAMPLE)) == right
+    for single_head in (True, False):
+        prove(model, right, call, torch.randn(EXAMPLE), single_head)
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        ("a", {"readers": (Reader("b", 1),)}, "layer 'a' can't be reordered"),
+        ("a", {"readers": (Reader("c", 1),)}, "layer 'a' can't be reordered"),
+        ("a", {"norms": ()}, "layer 'a' can't be reordered"),
+        ("b", {"writers": ("b",)}, "layer 'b' can't be reordered"),
+        ("b", {"readers": ()}, "layer 'b' can't be reordered"),
+        ("b", {"readers": (Reader("d", 1),)}, "layer 'd' has 32 columns.*take 8"),
+        ("b", {"readers": (Reader("d", 8),)}, "layer 'd' has 32 columns.*take 64"),
+        ("b", {"norms": ("norm",)}, "layer 'norm' has 6 units"),
+        ("a", {"width": 5}, "layer 'a' has 6 units"),
+    ],
+)
+@pytest.mark.parametrize("single_head", [True, False])
+def test_wrong_layouts_are_refused(
+    model: Net,
+    right: Layout,
+    group: str,
+    values: dict[str, Any],
+    message: str,
+    single_head: bool,
+) -> None:
+    wrong = changed(right, group, **values)
+    with pytest.raises(UnsupportedNetwork, match=message):
+        prove(model, wrong, call, torch.randn(EXAMPLE), single_head)
+
+
+def test_blocks_of_a_flatten_in_the_wrong_order(model: Net, right: Layout) -> None:
+    """Units that interleave behind the flatten have as many columns, and aren't blocks."""
+
+    def interleaved(net: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(net, Net)
+        h = F.relu(net.norm(net.a(x)))
+        h = F.relu(net.b(h) + net.c(h))
+        return net.head(F.relu(net.d(h.movedim(1, -1).flatten(1))))  # type: ignore[no-any-return]
+
+    with pytest.raises(UnsupportedNetwork, match="layer 'b' can't be reordered"):
+        prove(model, right, interleaved, torch.randn(EXAMPLE), single_head=True)
+
+
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize(
+    "act",
+    [lambda h: h.softmax(1), lambda h: h - h.mean(1, keepdim=True), lambda h: F.normalize(h)],
+)
+def test_units_that_see_one_another(
+    model: Net, right: Layout, act: Callable[[Tensor], Tensor], single_head: bool
+) -> None:
+    """Reordering them is harmless; leaving some out isn't."""
+    model.act = act
+    with pytest.raises(UnsupportedNetwork, match="behind layer 'd'"):
+        prove(model, right, call, torch.randn(EXAMPLE), single_head)
+
+
+def test_the_second_task_of_a_single_head_is_proved_too(
+    model: Net, right: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof is worth something only if its tasks' logits depend on the input."""
+    spreads = []
+    differs = proof_module._differs
+
+    def watched(a: Tensor, b: Tensor) -> bool:
+        spreads.append(float(b.std(0).max()))
+        return differs(a, b)
+
+    monkeypatch.setattr(proof_module, "_differs", watched)
+    prove(model, right, call, torch.randn(EXAMPLE), single_head=True)
+    assert len(spreads) == proof_module.DRAWS * (3 + 2)
+    assert min(spreads) > 1e-3
+
+
+def test_logits_that_are_no_numbers_prove_nothing(model: Net, right: Layout) -> None:
+    model.act = lambda h: h / 0.0
+    with pytest.raises(UnsupportedNetwork):
+        prove(model, right, call, torch.randn(EXAMPLE), single_head=True)
+
+
+def test_the_model_and_the_random_numbers_stay(model: Net, right: Layout) -> None:
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = torch.get_rng_state()
+    prove(model, right, call, torch.zeros(EXAMPLE), single_head=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, values[name])
+    assert model.training
+
+
+def test_the_gpus_random_numbers_stay(
+    model: Net, right: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.manual_seed seeds the GPUs' generators as well; fork_rng here gives none back."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds the GPUs too"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs"))
+    prove(model, right, call, torch.zeros(EXAMPLE), single_head=True)
