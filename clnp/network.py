@@ -326,6 +326,11 @@ class PartitionedNetwork:
                 "outside the head, or a head that reads another layer); CLNP needs the same hidden "
                 "layers for all tasks"
             )
+        if not self.single_head and layout.head in {head.layer for head in self.heads}:
+            raise UnsupportedNetwork(
+                f"the head {layout.head!r} is that of a task learnt before, which would forget; "
+                "give each task an output layer of its own, or use a single head"
+            )
         self.layout = layout
         before = {name: f[-1] for name, f in self.partition.frontiers.items()}
         last, task = layout.last, self.partition.tasks
@@ -450,8 +455,9 @@ class PartitionedNetwork:
             module = self.model.get_submodule(layer)
             _, repeat = self._head_reads(layer)
             columns = used[self.layout.last.name] * repeat if self.single_head else None
+            own_bias = self.single_head and self.head_bias == "per-task"
             for key, tensor in self._stored(layer, module, adapter_of(layer, module)).items():
-                if tensor is not None and not (key == "bias" and self.head_bias == "per-task"):
+                if tensor is not None and not (key == "bias" and own_bias):
                     found[f"{layer}.{key}"] = tensor[:, :columns] if key == "weight" else tensor
         return found
 

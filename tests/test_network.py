@@ -1,0 +1,691 @@
+"""Views against masked networks of full width, and what a task's training can't reach."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
+    from clnp import CapacityExhausted, UnsupportedNetwork
+    from clnp.network import PartitionedNetwork
+    from clnp.units import Forward, Layout, find_layout
+
+
+class Residual(nn.Module):
+    """The last hidden group is read by a hidden layer too; the norm has cumulative statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(12, 8), nn.BatchNorm1d(8, momentum=None)
+        self.a, self.b, self.head = nn.Linear(8, 7), nn.Linear(7, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.stem(x)))
+        return self.head(F.relu(h + self.b(F.relu(self.a(h)))))  # type: ignore[no-any-return]
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 2), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 8, 1, bias=False), nn.ReLU(), nn.Dropout(0.5), nn.Flatten()),
+        *(nn.Linear(8, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)),
+    )
+
+
+def conv_head() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 8, 2), nn.BatchNorm2d(8, affine=False), nn.ReLU()),
+        *(nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
+def flat_head() -> nn.Module:
+    """The head reads blocks of columns."""
+    return nn.Sequential(nn.Conv2d(3, 7, 2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(63, 3))
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "conv head": conv_head,
+    "flat head": flat_head,
+    "residual": Residual,
+}
+
+
+def inputs(name: str, size: int = 16) -> Tensor:
+    return torch.randn(size, 12) if name == "residual" else torch.randn(size, 3, 2, 2)
+
+
+class Heads(nn.Module):
+    """One output layer for each task, in place of a network's last layer."""
+
+    def __init__(self, head: nn.Module, tasks: int = 5) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(copy.deepcopy(head) for _ in range(tasks))
+        for each in self.heads:
+            each.reset_parameters()  # type: ignore[operator]
+        self.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.task](x)  # type: ignore[no-any-return]
+
+
+def call_of(task: int) -> Forward:
+    """How a network is called for a task: with its head, if each has its own."""
+
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        for module in model.modules():
+            if isinstance(module, Heads):
+                module.task = task
+        return model(x)  # type: ignore[no-any-return]
+
+    return call
+
+
+call = call_of(0)
+
+
+def logits(network: PartitionedNetwork, task: int, x: Tensor) -> Tensor:
+    return network.subnetwork(task, call_of(task))(x)
+
+
+def begin(network: PartitionedNetwork, x: Tensor) -> dict[nn.Parameter, nn.Parameter | None]:
+    """Begin the next task, with its own head if it has one."""
+    return network.begin_task(find_layout(network.model, call_of(network.partition.tasks), x))
+
+
+def partitioned(
+    name: str, single_head: bool, head_bias: str = "shared", seed: int = 0
+) -> PartitionedNetwork:
+    torch.manual_seed(seed)
+    model = NETS[name]()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+    if not single_head:
+        head = find_layout(model, call, inputs(name)).head
+        model.set_submodule(head, Heads(model.get_submodule(head)))
+    layout = find_layout(model, call, inputs(name))
+    return PartitionedNetwork(model, layout, single_head, head_bias, seed)
+
+
+def next_frontiers(network: PartitionedNetwork, random: Random) -> dict[str, int]:
+    """Frontiers of a next task that leave free units; of the last group it takes one at least."""
+    last, found = network.layout.last.name, {}
+    for name, width in network.partition.widths.items():
+        now = network.partition.frontiers[name][-1]
+        least = max(1, now + (name == last))
+        found[name] = random.randint(least, max(least, min(width - 2, now + width // 3)))
+    return found
+
+
+def learnt(
+    name: str, single_head: bool, tasks: int = 2, head_bias: str = "shared", seed: int = 0
+) -> PartitionedNetwork:
+    """A network that has learnt tasks (without training: its weights are random all the same)."""
+    network, random = partitioned(name, single_head, head_bias, seed), Random(seed)
+    for _ in range(tasks):
+        begin(network, inputs(name))
+        network.end_task()
+        network.learn(next_frontiers(network, random))
+    return network
+
+
+def severed(network: PartitionedNetwork, task: int) -> nn.Module:
+    """A copy of full width in which a task's units see nothing else, nor does its head."""
+    model, layout = copy.deepcopy(network.model), network.layout
+    used, head = network.partition.after(task), network.heads[task]
+    with torch.no_grad():
+        for group in layout.groups:
+            for reader in group.readers:
+                own = head.layer if reader.layer == layout.head else reader.layer
+                weight = model.get_submodule(own).weight
+                assert isinstance(weight, Tensor)
+                if reader.layer == layout.head:
+                    start = head.start
+                    weight[:, : start * reader.repeat] = 0
+                    weight[:, used[group.name] * reader.repeat :] = 0
+                else:
+                    weight[
+                        : used[layout.writes[reader.layer]], used[group.name] * reader.repeat :
+                    ] = 0
+    return model
+
+
+def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# -- sub-networks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize("name", NETS)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 100))
+def test_subnetworks_against_masked_networks(name: str, single_head: bool, seed: int) -> None:
+    network = learnt(name, single_head, tasks=3, seed=seed)
+    x = inputs(name)
+    for task in range(3):
+        assert network.heads[task].start == (
+            network.partition.before(task)[network.layout.last.name] if single_head else 0
+        )
+        with torch.no_grad():
+            expected = call_of(task)(severed(network, task).eval(), x)
+        found = logits(network, task, x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert not found.requires_grad
+        assert found.std() > 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_candidate_is_the_subnetwork_to_be(name: str) -> None:
+    for single_head in (True, False):
+        network, x = learnt(name, single_head), inputs(name)
+        begin(network, x)
+        network.end_task()
+        used = next_frontiers(network, Random(1))
+        with network.view(network.candidate(used)):
+            expected = call_of(2)(network.model, x)
+        network.learn(used)
+        assert torch.equal(logits(network, 2, x), expected)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_subnetwork_only_ever_evaluates(name: str) -> None:
+    network, x = learnt(name, single_head=True), inputs(name)
+    subnetwork = network.subnetwork(0, call)
+    expected, kept = subnetwork(x), snapshot(network.model)
+    subnetwork.train()
+    network.model.train()
+    assert not subnetwork.training
+    assert torch.equal(subnetwork(x), expected)
+    subnetwork.training = True
+    assert torch.equal(subnetwork(x), expected)
+    assert equal_states(snapshot(network.model), kept)
+    assert all(module.training for module in network.model.modules())
+    assert list(subnetwork.parameters()) == []
+    assert subnetwork.state_dict() == {}
+
+
+def test_a_view_leaves_nothing_behind() -> None:
+    network, x = learnt("cnn", single_head=True), inputs("cnn")
+    network.model.train()
+    network.model[2].eval()
+    modes = [module.training for module in network.model.modules()]
+    network.begin_task(network.layout)
+    with network.view(network.training_view):
+        inner = {name: module.forward for name, module in network.modules.items()}
+        network.subnetwork(0, call)(x)
+        with pytest.raises(RuntimeError), network.view(network.task_view(1)):
+            network.model(x[:, :2])
+        assert {name: module.forward for name, module in network.modules.items()} == inner
+    network.end_task()
+    assert not any("forward" in module.__dict__ for module in network.model.modules())
+    assert [module.training for module in network.model.modules()] == modes
+
+
+def test_free_entries_reach_no_subnetwork() -> None:
+    for name in NETS:
+        network, x = learnt(name, single_head=True), inputs(name)
+        before = [logits(network, task, x) for task in range(2)]
+        network.begin_task(network.layout)
+        with torch.no_grad():
+            for module in network.modules.values():
+                for leaf in module.parameters():
+                    if leaf.requires_grad:
+                        leaf.fill_(float("nan"))
+        during = [logits(network, task, x) for task in range(2)]
+        network.end_task()
+        after = [logits(network, task, x) for task in range(2)]
+        for found in (during, after):
+            assert all(torch.equal(a, b) for a, b in zip(before, found, strict=True)), name
+
+
+# -- a task in training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize("name", NETS)
+@settings(max_examples=4)
+@given(seed=st.integers(0, 100))
+def test_training_against_a_masked_network(name: str, single_head: bool, seed: int) -> None:
+    """Logits, and the gradients of free rows, are those of the dense network severed by hand."""
+    network, x = learnt(name, single_head, seed=seed), inputs(name)
+    used = {group: f[-1] for group, f in network.partition.frontiers.items()}
+    last = network.layout.last.name
+    leaves = begin(network, x)
+    start = used[last] if single_head else 0
+    dense = partitioned(name, single_head).model
+    with torch.no_grad():
+        # What the task in training sees: all units, older ones severed, its own head columns.
+        full = {key: network._original(*key.rsplit(".", 1)) for key, _ in dense.named_parameters()}
+        dense.load_state_dict({**network.model.state_dict(), **full} | dense_buffers(network))
+        head = dense.get_submodule(network.layout.head)
+        assert isinstance(head.weight, Tensor)
+        head.weight[:, : start * (head.weight.shape[1] // network.layout.last.width)] = 0
+    network.model.eval()
+    dense.eval()
+    y = torch.randint(0, 3, (len(x),))
+    with network.view(network.training_view):
+        found = call_of(2)(network.model, x)
+        F.cross_entropy(found, y).backward()
+    expected = call_of(2)(dense, x)
+    F.cross_entropy(expected, y).backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    originals = dict(network._originals)
+    for (layer, key), original in originals.items():
+        reference = getattr(dense.get_submodule(layer), key).grad
+        leaf = leaves[original]
+        assert original.grad is None or leaf is original
+        if layer == network.layout.head:
+            if key == "bias" and single_head:
+                assert leaf is None  # shared: the first task's, frozen
+                continue
+            reference = reference[:, -leaf.shape[1] :] if key == "weight" else reference
+        else:
+            reference = reference[used[network.layout.writes[layer]] :]
+        assert leaf is not None
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, reference, rtol=1e-3, atol=1e-5)
+    network.end_task()
+
+
+def dense_buffers(network: PartitionedNetwork) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in network.model.named_buffers()}
+
+
+def test_batch_norm_in_training_moves_the_free_units_alone() -> None:
+    for name in ("cnn", "conv head", "residual"):
+        network, x = learnt(name, single_head=True), inputs(name)
+        used = {group: f[-1] for group, f in network.partition.frontiers.items()}
+        network.begin_task(network.layout)
+        kept = snapshot(network.model)
+        network.model.train()
+        with network.view(network.training_view):
+            network.model(x)
+        network.end_task()
+        for layer, group in network.layout.writes.items():
+            for key in ("running_mean", "running_var"):
+                if f"{layer}.{key}" in kept:
+                    before = kept[f"{layer}.{key}"]
+                    now = network.model.state_dict()[f"{layer}.{key}"]
+                    assert torch.equal(now[: used[group]], before[: used[group]])
+                    assert (now[used[group] :] != before[used[group] :]).all()
+
+
+def test_batch_norm_statistics_are_those_of_torch() -> None:
+    """Of the empty network, where all units are free, with and without a momentum."""
+    for name in ("cnn", "residual"):
+        network = partitioned(name, single_head=True)
+        plain = copy.deepcopy(network.model)
+        network.begin_task(network.layout)
+        with network.view(network.training_view):
+            for step in range(3):
+                torch.manual_seed(step)
+                x = inputs(name)
+                found = network.model(x)
+                torch.manual_seed(step)
+                expected = plain(inputs(name))
+                torch.testing.assert_close(found, expected)
+        network.end_task()
+        for key, buffer in plain.named_buffers():
+            torch.testing.assert_close(network.model.state_dict()[key], buffer)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    network, x = learnt("cnn", single_head=True), inputs("cnn")
+    network.begin_task(network.layout)
+    with network.view(network.training_view):
+        network.model.train()
+        assert not torch.equal(network.model(x), network.model(x))
+        network.model.eval()
+        assert torch.equal(network.model(x), network.model(x))
+    network.end_task()
+
+
+@pytest.mark.parametrize("single_head", [True, False])
+def test_the_same_parameters_come_back(single_head: bool) -> None:
+    network = learnt("cnn", single_head)
+    before = dict(network.model.named_parameters())
+    leaves = begin(network, inputs("cnn"))
+    assert leaves.keys() == set(before.values())
+    inside = dict(network.model.named_parameters())
+    used = {group: f[-1] for group, f in network.partition.frontiers.items()}
+    for key, parameter in inside.items():
+        layer = key.rsplit(".", 1)[0]
+        if ".heads." in layer:
+            assert parameter is before[key]
+        elif layer != network.layout.head:
+            assert parameter is not before[key]
+            assert parameter.is_leaf
+            assert (
+                parameter.data_ptr() == before[key][used[network.layout.writes[layer]] :].data_ptr()
+            )
+    network.end_task()
+    after = dict(network.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[key] is before[key] for key in before)
+    assert not network.in_training
+
+
+def test_a_full_layer_trains_nothing_and_the_others_do() -> None:
+    network, x = partitioned("mlp", single_head=True), inputs("mlp")
+    network.learn({"1": 9, "3": 4})
+    leaves = network.begin_task(network.layout)
+    first = network._originals["1", "weight"]
+    assert leaves[first] is None
+    with network.view(network.training_view):
+        F.cross_entropy(network.model(x), torch.zeros(16, dtype=torch.int64)).backward()
+    assert network.leaves().keys() == {"3", "5"}
+    assert all(leaf.grad is not None for leaf in network.leaves().values())
+    network.end_task()
+
+
+def test_no_free_unit_for_a_single_head() -> None:
+    network = partitioned("mlp", single_head=True)
+    network.learn({"1": 5, "3": 8})
+    with pytest.raises(CapacityExhausted, match=r"last hidden layer '3' .8 units, all used by 1"):
+        network.begin_task(network.layout)
+    assert not network.in_training
+
+
+def test_heads_of_their_own_learn_on_a_full_network() -> None:
+    network, x = partitioned("mlp", single_head=False), inputs("mlp")
+    network.learn({"1": 9, "3": 8})
+    leaves = begin(network, x)
+    trained = {leaf for leaf in leaves.values() if leaf is not None}
+    head = network.model.get_submodule(network.layout.head)
+    assert trained == set(head.parameters())
+    with network.view(network.training_view):
+        F.cross_entropy(call_of(1)(network.model, x), torch.zeros(16, dtype=torch.int64)).backward()
+    assert all(p.grad is not None for p in head.parameters())
+    network.end_task()
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    network = partitioned("mlp", single_head=True)
+    network.model.requires_grad_(requires_grad=False)
+    assert set(network.begin_task(network.layout).values()) == {None}
+    network.end_task()
+
+
+def test_another_network_is_refused() -> None:
+    network = learnt("mlp", single_head=True)
+    other = nn.Sequential(*list(mlp())[:-1], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedNetwork, match="has changed since"):
+        network.begin_task(find_layout(other, call, inputs("mlp")))
+
+
+def test_a_head_is_not_trained_twice() -> None:
+    network = learnt("mlp", single_head=False)
+    with pytest.raises(UnsupportedNetwork, match=r"head '5.heads.1' is that of a task learnt"):
+        network.begin_task(network.layout)
+    assert not network.in_training
+
+
+def test_a_head_that_reads_another_layer_is_refused() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 6), nn.Linear(6, 6)
+            self.early, self.late, self.later = (nn.Linear(6, 3) for _ in range(3))
+
+        def forward(self, x: Tensor, head: str) -> Tensor:
+            h = F.relu(self.a(x))
+            h2 = F.relu(self.b(h))
+            return self.early(h + 0 * h2) if head == "early" else getattr(self, head)(h2)  # type: ignore[no-any-return]
+
+    def layout(head: str) -> Layout:
+        return find_layout(model, lambda m, x: m(x, head), torch.randn(4, 12))
+
+    model = TwoHeads()
+    network = PartitionedNetwork(model, layout("late"), single_head=False)
+    network.learn({"a": 2, "b": 2})
+    network.begin_task(layout("later"))  # a head of its own is welcome
+    network.end_task()
+    with pytest.raises(UnsupportedNetwork):
+        network.begin_task(layout("early"))
+
+
+# -- bias of a single head -------------------------------------------------------------------------
+
+
+def train_bias(network: PartitionedNetwork, value: float) -> None:
+    """One task whose training fills what trains of the head with a value, and uses few units."""
+    network.begin_task(network.layout)
+    with torch.no_grad():
+        for leaf in network.model.get_submodule(network.layout.head).parameters():
+            if leaf.requires_grad:
+                leaf.fill_(value)
+    network.end_task()
+    network.learn({name: f[-1] + 2 for name, f in network.partition.frontiers.items()})
+
+
+@pytest.mark.parametrize(
+    ("head_bias", "expected"),
+    [("shared", (1.0, 1.0, 1.0)), ("per-task", (1.0, 2.0, 3.0)), ("none", (0.0, 0.0, 0.0))],
+)
+def test_bias_of_a_single_head(head_bias: str, expected: tuple[float, ...]) -> None:
+    network, x = partitioned("mlp", True, head_bias), inputs("mlp")
+    weights = (1.0, 2.0, 3.0)
+    for value in weights:
+        train_bias(network, value)
+    for task, (weight, bias) in enumerate(zip(weights, expected, strict=True)):
+        seen: list[Tensor] = []
+        head = network.model.get_submodule(network.layout.head)
+        handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # noqa: B023
+        found = logits(network, task, x)
+        handle.remove()
+        assert seen[0].shape[1] == 2  # its own slice of the last hidden layer
+        torch.testing.assert_close(found, (weight * seen[0].sum(1) + bias)[:, None].expand(-1, 3))
+
+
+# -- out of the optimizer's reach ------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "fused sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1),
+    "fused adam": lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+    "fused adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1, fused=True),
+    "foreach adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1, foreach=True),
+    "fused adagrad": lambda p: torch.optim.Adagrad(p, 0.1, weight_decay=0.1, fused=True),
+}
+
+
+def train(network: PartitionedNetwork, optimizer: str, x: Tensor, steps: int = 3) -> None:
+    """A task's training by the given optimizer, with noise in the running statistics too."""
+    call = call_of(network.partition.tasks)
+    leaves = begin(network, x)
+    step = OPTIMIZERS[optimizer]([leaf for leaf in leaves.values() if leaf is not None])
+    network.model.train()
+    with network.view(network.training_view):
+        for _ in range(steps):
+            step.zero_grad()
+            F.cross_entropy(call(network.model, x), torch.randint(0, 3, (len(x),))).backward()
+            nn.utils.clip_grad_norm_(network.model.parameters(), 1.0)
+            step.step()
+    network.end_task()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize("name", ["cnn", "conv head", "residual"])
+def test_optimizers_leave_frozen_entries_bitwise(
+    name: str, single_head: bool, optimizer: str
+) -> None:
+    network, x = learnt(name, single_head), inputs(name)
+    if name == "conv head":
+        network.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    used = {group: f[-1] for group, f in network.partition.frontiers.items()}
+    checksum, kept = network.checksum(), snapshot(network.model)
+    frozen = {key: tensor.clone() for key, tensor in network._frozen().items()}
+    before = [logits(network, task, x) for task in range(2)]
+    train(network, optimizer, x)
+    assert network.checksum() == checksum
+    assert equal_states({k: t.clone() for k, t in network._frozen().items()}, frozen)
+    for task, expected in enumerate(before):
+        assert torch.equal(logits(network, task, x), expected)
+    for key, parameter in network.model.named_parameters():  # and all that is free has learnt
+        layer = key.rsplit(".", 1)[0]
+        if ".heads." in key:
+            learns = layer == network.layout.head
+            assert learns != torch.equal(parameter, kept[key])
+        elif layer == network.layout.head:
+            free = slice(used[network.layout.last.name], None)
+            if key.endswith("bias"):
+                continue
+            assert not torch.equal(parameter[:, free], kept[key][:, free])
+        else:
+            rows = used[network.layout.writes[layer]]
+            assert not torch.equal(parameter[rows:], kept[key][rows:])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_optimizer_state_is_as_small_as_what_trains(optimizer: str) -> None:
+    network = learnt("cnn", single_head=True)
+    leaves = network.begin_task(network.layout)
+    trained = [leaf for leaf in leaves.values() if leaf is not None]
+    made = OPTIMIZERS[optimizer](trained)
+    for leaf in trained:
+        leaf.grad = torch.ones_like(leaf)
+    made.step()
+    for leaf in trained:
+        for value in made.state[leaf].values():
+            assert not isinstance(value, Tensor) or value.numel() in (1, leaf.numel())
+    network.end_task()
+
+
+def test_columns_of_the_head_train_as_a_copy() -> None:
+    """Fused optimizers silently write past a view of columns (torch 2.14), rows are right."""
+    network = learnt("mlp", single_head=True)
+    head = network.model.get_submodule(network.layout.head)
+    original = head.weight
+    assert isinstance(original, nn.Parameter)
+    network.begin_task(network.layout)
+    leaf = head.weight
+    assert isinstance(leaf, nn.Parameter)
+    assert leaf.is_contiguous()
+    assert leaf.untyped_storage().data_ptr() != original.untyped_storage().data_ptr()
+    start = original.shape[1] - leaf.shape[1]
+    assert torch.equal(leaf, original[:, start:])
+    kept = original.detach().clone()
+    with torch.no_grad():
+        leaf.add_(1.0)
+    assert torch.equal(original, kept)
+    network.end_task()
+    torch.testing.assert_close(original[:, start:], kept[:, start:] + 1.0)
+    assert torch.equal(original[:, :start], kept[:, :start])
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+def test_the_checksum_sees_every_frozen_entry() -> None:
+    for name in NETS:
+        network = learnt(name, single_head=True)
+        before = network.checksum()
+        assert network.checksum() == before
+        for key, tensor in network._frozen().items():
+            if tensor.numel() == 0:
+                continue
+            entry = tensor[(-1,) * tensor.dim()]
+            kept = entry.clone()
+            entry.copy_(torch.nextafter(kept, kept + 1))  # the last bit alone
+            assert network.checksum() != before, (name, key)
+            entry.copy_(kept)
+            assert network.checksum() == before
+
+
+def test_the_checksum_does_not_see_free_entries() -> None:
+    network, x = learnt("cnn", single_head=True), inputs("cnn")
+    before = network.checksum()
+    network.begin_task(network.layout)
+    assert network.checksum() == before
+    with network.view(network.training_view):
+        network.model(x)
+    network.end_task()
+    assert network.checksum() == before
+
+
+@pytest.mark.parametrize("head_bias", ["shared", "per-task", "none"])
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_state_goes_round_bitwise(name: str, single_head: bool, head_bias: str) -> None:
+    network, x = learnt(name, single_head, head_bias=head_bias), inputs(name)
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    file.seek(0)
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    other = partitioned(name, single_head, head_bias, seed=1)
+    other.seed = network.seed
+    other.load_state_dict(state)
+    assert other.partition == network.partition
+    assert other.checksum() == network.checksum()
+    for task in range(2):
+        assert torch.equal(logits(other, task, x), logits(network, task, x))
+    if single_head and head_bias != "none":  # what comes is the same too: nothing else was needed
+        for each in (network, other):
+            torch.manual_seed(5)
+            train(each, "adam", x)
+            each.learn(next_frontiers(each, Random(3)))
+        assert torch.equal(logits(other, 2, x), logits(network, 2, x))
+
+
+def test_a_state_is_no_reference() -> None:
+    network = learnt("mlp", single_head=True)
+    state = network.state_dict()
+    frozen = state["frozen"]
+    assert isinstance(frozen, dict)
+    for name, tensor in network._frozen().items():
+        assert frozen[name].untyped_storage().nbytes() == tensor.numel() * 4
+        assert frozen[name].data_ptr() != tensor.data_ptr()
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    state = learnt("mlp", single_head=True).state_dict()
+    wider = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(24, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    )
+    layout = find_layout(wider, call, torch.randn(4, 24))
+    for network in (
+        partitioned("cnn", single_head=True),
+        PartitionedNetwork(wider, layout, single_head=True),
+    ):
+        kept = snapshot(network.model)
+        with pytest.raises(ValueError, match="the state is of"):
+            network.load_state_dict(state)
+        assert network.partition.tasks == 0
+        assert network.heads == []
+        assert equal_states(snapshot(network.model), kept)
