@@ -34,7 +34,7 @@ def copy_weights(model: nn.Module) -> Weights:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-class SingleTaskPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyped
+class SingleTaskPlugin(SupervisedPlugin):
     """Train a network a task, and evaluate each experience on the network of its own task.
 
     The first task trains the network as it is given, so that it starts from the same weights as

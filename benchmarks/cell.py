@@ -96,7 +96,7 @@ class Cell:
         return self.record_path(folder).with_suffix("")
 
 
-class Monitor(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyped
+class Monitor(SupervisedPlugin):
     """Announce each epoch: mean training loss, and the validation accuracy if it is measured.
 
     The loss is summed on its device and read once an epoch, so that no step waits for it.

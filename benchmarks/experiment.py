@@ -73,6 +73,8 @@ class Experiment:
     """Seeds that are run unless the user names others."""
     methods: ClassVar[tuple[str, ...]]
     """Methods that are run unless the user names others."""
+    threads: ClassVar[int | None] = None
+    """CPU threads; None: as many as torch chooses."""
 
     dataset: str = "mnist"
     """Name of the data set (see `benchmarks.data.load`)."""

@@ -91,7 +91,7 @@ def _require(true: bool, setting: str, value: object, must: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class LinearDecay(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyped
+class LinearDecay(SupervisedPlugin):
     """Keep the learning rate for a share of each task's steps, then lower it linearly to 0.
 
     Unlike LRSchedulerPlugin it needs no scheduler that knows the number of steps beforehand.
@@ -244,7 +244,7 @@ class CLNPLearner(Learner):
     def capacity(self) -> list[dict[str, Any]]:
         """Return the rows of `CLNPPlugin.capacity`."""
         return [
-            {key: getattr(value, "item", lambda v=value: v)() for key, value in row.items()}
+            {str(key): getattr(value, "item", lambda v=value: v)() for key, value in row.items()}
             for row in self.plugin.capacity().to_dict("records")
         ]
 
@@ -338,7 +338,7 @@ METHODS: dict[str, Method[Any]] = {
             build=_clnp,
             settings={
                 "pmnist": CLNPSettings(lr=0.002, epochs=60),
-                "quickstart": CLNPSettings(lr=0.002, margin=0.01, l1=(1e-5, 1e-4, 1e-5)),
+                "quickstart": CLNPSettings(lr=0.004, margin=0.01, l1=(2e-4, 1e-3, 1e-4)),
             },
             task_id_at_test=True,
         ),
@@ -347,7 +347,7 @@ METHODS: dict[str, Method[Any]] = {
             build=_finetune,
             settings={
                 "pmnist": Settings(epochs=20),
-                "quickstart": Settings(epochs=20),
+                "quickstart": Settings(lr=0.004, epochs=40),
             },
             task_id_at_test=False,
         ),
@@ -356,7 +356,7 @@ METHODS: dict[str, Method[Any]] = {
             build=_single_task,
             settings={
                 "pmnist": Settings(epochs=20),
-                "quickstart": Settings(epochs=20),
+                "quickstart": Settings(lr=0.004, epochs=40),
             },
             task_id_at_test=True,
         ),

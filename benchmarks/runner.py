@@ -178,6 +178,8 @@ def run_grid(
 
     if not todo:
         return 0
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
     failed = []
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -54,6 +54,7 @@ def test_a_grid_is_run_once(run: Call, tmp_path: Path, capsys: pytest.CaptureFix
     assert run(*grid) == 0
     first = files(tmp_path / "records")
     assert len(first) == 4
+    assert all(json.loads(data)["environment"]["threads"] == 1 for data in first.values())
     assert all(name.startswith("quickstart-custom-") for name in first)
     assert "the table" in capsys.readouterr().out
     assert not list(tmp_path.rglob("state.pt"))

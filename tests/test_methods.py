@@ -164,9 +164,10 @@ def test_learning_rate_is_constant_then_falls_linearly_in_each_task() -> None:
     train(learner, 1)
     steps = len(rates.rates) // 2
     assert steps == -(-(1437 - 300) // 128)
-    expected = [0.001 * min(1.0, (1 - k / steps) / (1 - 0.7)) for k in range(steps)]
+    lr = METHODS["finetune"].settings_for(TINY).lr
+    expected = [lr * min(1.0, (1 - k / steps) / (1 - 0.7)) for k in range(steps)]
     assert rates.rates == pytest.approx(2 * expected)
-    assert learner.strategy.optimizer.param_groups[0]["lr"] == 0.001
+    assert learner.strategy.optimizer.param_groups[0]["lr"] == lr
 
 
 # --- settings -------------------------------------------------------------------------------------
