@@ -74,6 +74,8 @@ class CLNPSettings(Settings):
     """Whether each layer has a threshold of activity of its own."""
     head_bias: Literal["shared", "per-task", "none"] = "shared"
     """Whether all tasks share the head's bias, each has its own, or there is none."""
+    keep_epoch: Literal["last", "latest-within-margin"] = "last"
+    """Which epoch's weights a task keeps; see `clnp.CLNPPlugin`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,6 +326,7 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
         l1=settings.l1[0] if len(settings.l1) == 1 else settings.l1,
         thresholds=settings.thresholds,
         head_bias=settings.head_bias,
+        keep_epoch=settings.keep_epoch,
         valid_stream=setup.scenario.streams["valid"],
         seed=derive(setup.seed, "clnp"),
     )
@@ -337,7 +340,7 @@ METHODS: dict[str, Method[Any]] = {
             name="clnp",
             build=_clnp,
             settings={
-                "pmnist": CLNPSettings(lr=0.002, epochs=60),
+                "pmnist": CLNPSettings(lr=0.002, epochs=60, keep_epoch="latest-within-margin"),
                 "quickstart": CLNPSettings(lr=0.004, margin=0.01, l1=(2e-4, 1e-3, 1e-4)),
             },
             task_id_at_test=True,

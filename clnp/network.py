@@ -403,6 +403,23 @@ class PartitionedNetwork:
         }
         return {name: leaf for name, leaf in found.items() if leaf is not None and leaf.numel()}
 
+    def trained_tensors(self) -> list[Tensor]:
+        """Everything that the task in training changes: its leaves and free running statistics."""
+        before = self.training_view.split
+        found: list[Tensor] = []
+        for name, module in self.modules.items():
+            adapter = adapter_of(name, module)
+            tensors = row_tensors(module, adapter)
+            for key in adapter.parameters:
+                leaf = tensors[key]
+                if leaf is not None:
+                    found.append(leaf)
+            for key in adapter.buffers:
+                buffer = tensors[key]
+                if buffer is not None:
+                    found.append(buffer[before[self.layout.writes[name]] :])
+        return found
+
     @torch.no_grad()
     def end_task(self) -> None:
         """Put the full parameters back, with what the task has learnt in them."""

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from clnp.capacity import capacity_table, reused_units
+from clnp.early_stopping import LatestWithinMargin
 from clnp.errors import Incompatible, UnsupportedNetwork
 from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
@@ -70,12 +71,18 @@ class CLNPPlugin(SupervisedPlugin):
         Bias of a single head: trained by the first task and then frozen, one for each task, none.
     seed : int
         Of re-initialisation and of the held-out split.
+    keep_epoch : {"last", "latest-within-margin"}
+        Which epoch's weights are cut and kept: the last one's; or those of the latest epoch whose
+        validation accuracy is within the margin of the best, at the price of a copy of the weights
+        in training (early stopping: where the last epoch happens to be worse than that, nothing
+        but dead units could be cut).
 
     Attributes
     ----------
     history : list of dict
-        For each learnt task: its name, best, trained and pruned validation accuracy, thresholds,
-        new units, and how many cuts were evaluated.
+        For each learnt task: its name, the epoch kept (1 is the first) of how many, best, trained
+        (of the epoch kept) and pruned validation accuracy, thresholds, new units, and how many
+        cuts were evaluated.
     validation_accuracy : list of float
         Validation accuracy after each epoch of the task in training (or just trained).
 
@@ -112,8 +119,10 @@ class CLNPPlugin(SupervisedPlugin):
         heads: str = "auto",
         head_bias: str = "shared",
         seed: int = 0,
+        keep_epoch: str = "last",
     ) -> None:
         super().__init__()
+        _choice("keep_epoch", keep_epoch, ("last", "latest-within-margin"))
         _choice("thresholds", thresholds, ("per-layer", "shared"))
         _choice("heads", heads, ("auto", "single", "multi"))
         _choice("head_bias", head_bias, ("shared", "per-task", "none"))
@@ -134,6 +143,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.heads = heads
         self.head_bias = head_bias
         self.seed = seed
+        self.keep_epoch = keep_epoch
         self.history: list[dict[str, Any]] = []
         self.validation_accuracy: list[float] = []
         self._network: PartitionedNetwork | None = None
@@ -144,6 +154,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._valid_data: Any = None
         self._l1 = L1({}, {})
         self._optimizer: tuple[Optimizer, list[list[nn.Parameter]]] | None = None
+        self._kept: LatestWithinMargin | None = None
         self._current: Hashable = None
         self._checksum = 0
         self._task_view = ExitStack()
@@ -325,6 +336,11 @@ class CLNPPlugin(SupervisedPlugin):
         self._swap(strategy.optimizer, leaves)
         self._l1 = L1(network.leaves(), alphas)
         self.validation_accuracy = []
+        self._kept = None
+        if self.keep_epoch == "latest-within-margin":
+            self._kept = LatestWithinMargin(
+                network.trained_tensors(), self._margin(len(self._names))
+            )
         self._task_view.enter_context(network.view(network.training_view))
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -333,13 +349,20 @@ class CLNPPlugin(SupervisedPlugin):
 
     def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Validation accuracy: the best epoch's is what the margin counts from."""
+        self._validate(strategy)
+
+    def _validate(self, strategy: Any) -> None:
         self.validation_accuracy.append(self._accuracy(strategy))
+        if self._kept is not None:
+            self._kept.update(self.validation_accuracy)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Measure activity, sort the task's units by it, cut, sever and freeze."""
         network = self.network
-        if not self.validation_accuracy:
-            self.validation_accuracy.append(self._accuracy(strategy))
+        if not self.validation_accuracy:  # a training of no epoch
+            self._validate(strategy)
+        if self._kept is not None and self._kept.epoch < len(self.validation_accuracy):
+            self._kept.restore()
         start = network.training_view.start
         activity = Activity(network.layout)
         with activity.measure(network.model, start):
@@ -348,7 +371,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._release()
         self._verify()
         self._cut(strategy, activity.means(), start)
-        self._train_data = self._valid_data = None
+        self._train_data = self._valid_data = self._kept = None
 
     def _cut(self, strategy: Any, activity: dict[str, Tensor], start: dict[str, int]) -> None:
         network, partition = self.network, self.partition
@@ -383,11 +406,15 @@ class CLNPPlugin(SupervisedPlugin):
                 activity,
             )
         )
+        epochs = len(self.validation_accuracy)
+        epoch = self._kept.epoch if self._kept is not None else epochs
         self.history.append(
             {
                 "task": name,
+                "epoch": epoch,
+                "epochs": epochs,
                 "best_validation": max(self.validation_accuracy),
-                "trained_validation": self.validation_accuracy[-1],
+                "trained_validation": self.validation_accuracy[epoch - 1],
                 "pruned_validation": cut.accuracy,
                 "thresholds": dict(cut.thresholds),
                 "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
@@ -746,7 +773,7 @@ class CLNP(SupervisedTemplate):
     ----------
     model, optimizer, criterion
         As in every Avalanche strategy.
-    margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
+    margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed, keep_epoch
         As in :class:`CLNPPlugin`.
     **base
         What every Avalanche strategy takes: train_mb_size, train_epochs, eval_mb_size, device,
@@ -772,11 +799,20 @@ class CLNP(SupervisedTemplate):
         heads: str = "auto",
         head_bias: str = "shared",
         seed: int = 0,
+        keep_epoch: str = "last",
         plugins: Sequence[Any] | None = None,
         **base: Any,
     ) -> None:
         self.clnp = CLNPPlugin(
-            margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
+            margin,
+            l1,
+            thresholds,
+            valid_stream,
+            example_input,
+            heads,
+            head_bias,
+            seed,
+            keep_epoch,
         )
         super().__init__(
             model=model,

@@ -535,6 +535,44 @@ def test_early_stopping_beside_it() -> None:
     assert torch.equal(plugin.subnetwork(0)(x), logits)
 
 
+@pytest.mark.parametrize("network", [mlp, convnet])
+def test_the_latest_epoch_within_the_margin_is_kept(network: Callable[[], nn.Module]) -> None:
+    """Its weights and running statistics are those that are cut: same logits, same accuracy."""
+    shape = IMAGE if network is convnet else (FEATURES,)
+    bench = benchmark(tasks=2, shape=shape)
+    scripted = iter([0.5, 0.9, 0.9, 0.4, 0.89] * 2)
+    states: list[dict[str, Tensor]] = []
+    seen: list[dict[str, Tensor]] = []
+
+    class Scripted(CLNPPlugin):
+        def _accuracy(self, strategy: Any) -> float:
+            in_epochs = self.network.in_training and len(self.validation_accuracy) < 5
+            return next(scripted) if in_epochs else super()._accuracy(strategy)
+
+        def _release(self) -> None:
+            if self.network.in_training:
+                seen.append(copy.deepcopy(self.network.model.state_dict()))
+            super()._release()
+
+    class Record(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            states.append(copy.deepcopy(strategy.model.state_dict()))
+
+    plugin = Scripted(margin=0.0, l1=1e-3, keep_epoch="latest-within-margin")
+    trainer = strategy(network(), plugin, Record(), epochs=5)
+    for task in range(2):
+        states.clear()
+        seen.clear()
+        trainer.train(bench.train_stream[task], eval_streams=[])
+        assert plugin.history[task]["epoch"] == 3
+        assert plugin.history[task]["epochs"] == 5
+        assert plugin.history[task]["trained_validation"] == 0.9
+        for name, tensor in seen[0].items():
+            if "num_batches" not in name:
+                assert torch.equal(tensor, states[2][name]), name
+        assert not torch.equal(states[2]["0.weight"], states[4]["0.weight"])
+
+
 def test_the_ready_strategy() -> None:
     model, bench = mlp(), benchmark(tasks=2)
     trainer = CLNP(
