@@ -113,6 +113,20 @@ def test_blocks_of_a_flatten_in_the_wrong_order(model: Net, right: Layout) -> No
 
 
 @pytest.mark.parametrize("single_head", [True, False])
+def test_weights_that_are_read_past_their_layer(
+    model: Net, right: Layout, single_head: bool
+) -> None:
+    """Every unit's weights reach the output, whichever units a task has: noise in them shows it."""
+
+    def loose(net: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(net, Net)
+        return net(x) + net.d.bias.mean()  # type: ignore[no-any-return]
+
+    with pytest.raises(UnsupportedNetwork, match="free weights reach the output"):
+        prove(model, right, loose, torch.randn(EXAMPLE), single_head)
+
+
+@pytest.mark.parametrize("single_head", [True, False])
 @pytest.mark.parametrize(
     "act",
     [lambda h: h.softmax(1), lambda h: h - h.mean(1, keepdim=True), lambda h: F.normalize(h)],
