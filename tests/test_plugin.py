@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -659,6 +660,18 @@ def test_what_cannot_be_honoured_is_refused(
     trainer = strategy(model, CLNPPlugin(**ours), *options.pop("plugins", []), **options)
     with pytest.raises(error, match=message):
         trainer.train(benchmark(tasks=2).train_stream, eval_streams=[])
+
+
+def test_distributed_training_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        trainer = strategy(nn.parallel.DistributedDataParallel(mlp()), CLNPPlugin())
+        with pytest.raises(Incompatible, match="DistributedDataParallel"):
+            trainer.train(benchmark(tasks=1).train_stream, eval_streams=[])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_empty_experience_is_refused() -> None:
