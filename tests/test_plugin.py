@@ -662,6 +662,7 @@ def test_what_cannot_be_honoured_is_refused(
         trainer.train(benchmark(tasks=2).train_stream, eval_streams=[])
 
 
+@pytest.mark.filterwarnings("ignore:You are using plugins that are not compatible")
 def test_distributed_training_is_refused(tmp_path: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
