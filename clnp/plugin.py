@@ -154,6 +154,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._valid_data: Any = None
         self._l1 = L1({}, {})
         self._optimizer: tuple[Optimizer, list[list[nn.Parameter]]] | None = None
+        self._task_margin = 0.0
         self._kept: LatestWithinMargin | None = None
         self._current: Hashable = None
         self._checksum = 0
@@ -261,7 +262,8 @@ class CLNPPlugin(SupervisedPlugin):
         self._by_label = state["by_label"]
         self.example_input = state["example"]
         example = state["example"].to(next(model.parameters()).device)
-        network = self._build(model, names[0], example, self._single_head(model))
+        forward = self._forward(names[0])
+        network = self._build(model, find_layout(model, forward, example), forward, example)
         network.load_state_dict(state["network"])
         self._network = network
         self._names = names
@@ -318,19 +320,17 @@ class CLNPPlugin(SupervisedPlugin):
         self._refuse(strategy)
         name = self._name(strategy.experience)
         model, forward = strategy.model, self._forward(name)
-        example = self._example(strategy)
-        single = self._single_head(model)
+        layout = find_layout(model, forward, self._example(strategy))
+        self._check_head(model, layout, strategy.experience)
+        alphas, self._task_margin = self._alphas(layout), self._margin(len(self._names))
         if self._network is None or self._network.model is not model:
             if self._names:
                 raise Incompatible(
                     "the strategy's model isn't the one that this plugin has learnt tasks in; "
                     "use a plugin of its own for each model"
                 )
-            self._network = self._build(model, name, example, single)
+            self._network = self._build(model, layout, forward, self._example(strategy))
         network = self._network
-        layout = find_layout(model, forward, example)
-        self._check_head(model, layout, strategy.experience, example, forward)
-        alphas = self._alphas(layout)
         self._checksum = network.checksum()
         leaves = network.begin_task(layout)
         self._swap(strategy.optimizer, leaves)
@@ -338,9 +338,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.validation_accuracy = []
         self._kept = None
         if self.keep_epoch == "latest-within-margin":
-            self._kept = LatestWithinMargin(
-                network.trained_tensors(), self._margin(len(self._names))
-            )
+            self._kept = LatestWithinMargin(network.trained_tensors(), self._task_margin)
         self._task_view.enter_context(network.view(network.training_view))
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -390,7 +388,7 @@ class CLNPPlugin(SupervisedPlugin):
             {name: first + 1 for name, first in start.items()},
             evaluate,
             max(self.validation_accuracy),
-            self._margin(len(self._names)),
+            self._task_margin,
             self.thresholds,
         )
         name = self._name(strategy.experience)
@@ -606,10 +604,10 @@ class CLNPPlugin(SupervisedPlugin):
         return not multi if self.heads == "auto" else self.heads == "single"
 
     def _build(
-        self, model: nn.Module, name: Hashable, example: Tensor, single: bool
+        self, model: nn.Module, layout: Layout, forward: Forward, example: Tensor
     ) -> PartitionedNetwork:
-        forward = self._forward(name)
-        layout = find_layout(model, forward, example)
+        """The network under a layout that has been proved."""
+        single = self._single_head(model)
         prove(model, layout, forward, example, single)
         return PartitionedNetwork(model, layout, single, self.head_bias, self.seed)
 
@@ -622,9 +620,8 @@ class CLNPPlugin(SupervisedPlugin):
         return self.example_input.to(strategy.device)
 
     @staticmethod
-    def _check_head(
-        model: nn.Module, layout: Layout, experience: Any, example: Tensor, forward: Forward
-    ) -> None:
+    def _check_head(model: nn.Module, layout: Layout, experience: Any) -> None:
+        """Refuse labels that the head has no output for."""
         weight = model.get_submodule(layout.head)._parameters["weight"]
         assert weight is not None
         classes = [int(c) for c in getattr(experience, "classes_in_this_experience", [])]
