@@ -18,6 +18,7 @@ from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, canonical
+from benchmarks.memory import keep_freed_memory
 from benchmarks.methods import METHODS, pick
 from benchmarks.tracking import Mode, Tracker, View
 
@@ -178,6 +179,7 @@ def run_grid(
 
     if not todo:
         return 0
+    keep_freed_memory()
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     failed = []

@@ -382,10 +382,14 @@ class CLNPPlugin(SupervisedPlugin):
             with network.view(network.candidate(used)):
                 return self._accuracy(strategy)
 
+        floors = {name: first + 1 for name, first in start.items()}
+        if network.single_head:  # a task without a unit of its own there has no output
+            last = network.layout.last.name
+            floors[last] = before[last] + 1
         cut = graceful_forgetting(
             activity,
             before,
-            {name: first + 1 for name, first in start.items()},
+            floors,
             evaluate,
             max(self.validation_accuracy),
             self._task_margin,

@@ -699,6 +699,26 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
         CLNPPlugin(**options)
 
 
+def test_a_task_has_a_unit_of_its_own_in_a_last_layer_that_others_read_too() -> None:
+    """Where a sum ties the last hidden layer to an earlier one, its older units are computed."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(FEATURES, 20)
+            self.second = nn.Linear(20, 20)
+            self.head = nn.Linear(20, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.first(x))
+            return self.head(h + torch.relu(self.second(h)))
+
+    plugin = CLNPPlugin(margin=0.9, l1=1e-3)
+    trainer = strategy(Residual(), plugin)
+    learn_and_watch(trainer, plugin, benchmark().train_stream, blobs(0, 9, (FEATURES,))[0])
+    assert plugin.capacity().new.between(1, 2).all()
+
+
 def test_a_full_single_head_says_what_to_do() -> None:
     plugin = CLNPPlugin(margin=0.0, l1=0.0)
     trainer = strategy(mlp(2), plugin)
