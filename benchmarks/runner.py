@@ -18,8 +18,8 @@ from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, canonical
-from benchmarks.memory import keep_freed_memory
 from benchmarks.methods import METHODS, pick
+from benchmarks.process import tune
 from benchmarks.tracking import Mode, Tracker, View
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def run_grid(
     """
     records.check_writable(places.records)
     records.check_writable(places.runs)
+    tune()  # first of all: threads that torch starts later inherit it
     git = git_state()
     experiment = grid[0].experiment
     images = experiment.load(places.data, device)
@@ -179,7 +180,6 @@ def run_grid(
 
     if not todo:
         return 0
-    keep_freed_memory()
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     failed = []

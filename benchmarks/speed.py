@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from benchmarks.cell import Monitor
 from benchmarks.data import Images
 from benchmarks.experiment import Experiment
-from benchmarks.memory import keep_freed_memory
 from benchmarks.methods import METHODS, CLNPSettings, Setup
 from benchmarks.models import mlp
 from benchmarks.pmnist import PermutedMNIST
+from benchmarks.process import tune
 from benchmarks.scenarios import ResidentLoader, resident_view
 from benchmarks.tracking import Tracker, View
 from clnp import LogitDrift
@@ -190,7 +190,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = made_images()
     images = replace(images, train_x=images.train_x.to(device), train_y=images.train_y.to(device))
-    keep_freed_memory()  # as in every cell; both sides of each ratio profit alike
+    tune()
     threads = torch.get_num_threads()
     print(f"{device.type}, {threads} threads; median of ratios measured in turns; bf16, batch 256")
     wide = PermutedMNIST(tasks=1, epochs=6, method_epochs=False)
