@@ -83,8 +83,9 @@ def prepare(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Rebuild the tables, figures and pages of reports/out from the records."""
-    run_module(session, "benchmarks", "report", *session.posargs)
+    """Rebuild tables, figures and pages of reports/out, and the README's tables, from records."""
+    tables = ("--readme", "README.md", "clnp/README.md")
+    run_module(session, "benchmarks", "report", *session.posargs, *tables)
 
 
 def run_module(session: nox.Session, module: str, *arguments: str) -> None:

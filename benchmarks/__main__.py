@@ -68,6 +68,8 @@ class Report:
     """Folder of the records."""
     out_dir: Path = Path("reports/out")
     """Folder of the generated tables and figures."""
+    readme: tuple[Path, ...] = ()
+    """Markdown files whose tables are rewritten where they stand between markers."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def report(options: Report) -> int:
     from benchmarks.reporting import page
 
     print(page.build(options.records_dir, options.out_dir, list(options.experiments) or None))
+    for path in options.readme:
+        page.update_readme(path, options.records_dir)
     return 0
 
 
