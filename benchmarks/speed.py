@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,7 @@ def frozen_ratio(device: torch.device, hidden: tuple[int, int] = (2000, 2000)) -
 
 def main() -> None:
     """Print each ratio beside its bound."""
+    warnings.filterwarnings("ignore", message="No loggers specified")  # as in a cell
     tune()  # first of all, as in a cell: threads that torch starts later inherit it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = made_images()
