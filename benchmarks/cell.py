@@ -280,6 +280,8 @@ def run(
                 state["seconds"],
                 state["train_seconds"],
             )
+            # A task reseeds what it draws; this is for a method that draws between tasks.
+            torch.set_rng_state(state["rng"])
             git = {**git, "dirty": git["dirty"] or state["git"]["dirty"]}
     announce(
         {
@@ -313,6 +315,7 @@ def run(
                 "accuracy": accuracy,
                 "seconds": seconds,
                 "train_seconds": train_seconds,
+                "rng": torch.get_rng_state(),
                 "git": git,
             },
         )
