@@ -199,18 +199,10 @@ def _masked(network: PartitionedNetwork, task: int, forward: Forward, x: Tensor)
     model = copy.deepcopy(network.model)
     modules = {name: model.get_submodule(name) for name in layout.order}
     used = network.partition.after(task)
-    head, repeat = modules[layout.head], layout.reads[layout.head][1]
-    weight = head._parameters["weight"]
+    sever(modules, layout, used)
+    weight = modules[layout.head]._parameters["weight"]
     assert weight is not None
-    for group in layout.groups:
-        for reader in group.readers:
-            if reader.layer != layout.head:
-                rows = used[layout.writes[reader.layer]]
-                columns = modules[reader.layer]._parameters["weight"]
-                assert columns is not None
-                columns[:rows, used[group.name] * reader.repeat :] = 0.0
-    weight[:, : network.heads[task].start * repeat] = 0.0
-    weight[:, used[layout.last.name] * repeat :] = 0.0
+    weight[:, : network.heads[task].start * layout.reads[layout.head][1]] = 0.0
     return forward(model, x)
 
 
