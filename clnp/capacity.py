@@ -6,8 +6,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from clnp.layout import Layout
 from clnp.partition import Partition
-from clnp.units import Layout
 
 REUSED_SHARE = 0.01
 """A unit is reused if what is read of it exceeds this share of the layer's largest."""
@@ -19,7 +19,7 @@ def reused_units(
     layout: Layout,
     before: Mapping[str, int],
     after: Mapping[str, int],
-    head_start: int,
+    head_start: Mapping[str, int],
     activity: Mapping[str, Tensor],
     share: float = REUSED_SHARE,
 ) -> dict[str, int]:
@@ -37,7 +37,7 @@ def reused_units(
     before, after
         Frontiers before and after the task, by group.
     head_start
-        The first unit of the last group that the task's head reads.
+        The first unit of each group that the task's head reads.
     activity : {group: (width,)}
         Mean activity of each unit on the task.
     share
@@ -46,18 +46,19 @@ def reused_units(
     found: dict[str, int] = {}
     for group in layout.groups:
         amount = torch.zeros(group.width, dtype=torch.float64)
-        for reader in group.readers:
-            weight = modules[reader.layer]._parameters["weight"]
+        for part in group.readers:
+            weight = modules[part.layer]._parameters["weight"]
             assert weight is not None
-            first, rows = 0, slice(None)
-            if reader.layer == layout.head:
-                first = head_start
-            else:
-                name = layout.writes[reader.layer]
-                rows = slice(before[name], after[name])
-            read = weight.detach()[rows].abs().transpose(0, 1).flatten(1).double().sum(1)
-            read = read.view(group.width, reader.repeat).sum(1).cpu()
-            read[:first] = 0.0
+            rows = weight.detach()
+            if part.layer != layout.head:
+                (span,) = layout.rows[part.layer]
+                name = str(span.group)
+                rows = rows[before[name] * span.block : after[name] * span.block]
+            columns = rows.narrow(1, part.first, group.width * part.block)
+            read = columns.abs().transpose(0, 1).flatten(1).double().sum(1)
+            read = read.view(group.width, part.block).sum(1).cpu()
+            if part.layer == layout.head:
+                read[: head_start[group.name]] = 0.0
             amount += read
         amount *= activity[group.name]
         amount[after[group.name] :] = 0.0

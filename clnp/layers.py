@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from clnp.errors import UnsupportedNetwork
+from clnp.layout import Runs, take
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -33,9 +34,13 @@ class Adapter:
         Names of the tensors with one row a unit; any of them may be None.
     has_columns
         True where ``weight`` has rows (units) x columns (units read): the layer *writes* a new
-        group of units. False where it passes its units through one by one (batch norm).
+        group of units. False where it passes its units through one by one (norms, depthwise and
+        grouped convolutions).
     compute
         ``compute(module, x, tensors, training)``: the layer's output from sliced tensors.
+    shared
+        True where the parameters belong to no unit (a norm over positions): then every view uses
+        the layer as it is.
     """
 
     types: tuple[type[nn.Module], ...]
@@ -44,6 +49,7 @@ class Adapter:
     buffers: tuple[str, ...]
     has_columns: bool
     compute: Callable[[nn.Module, Tensor, Tensors, bool], Tensor]
+    shared: bool = False
 
 
 def _linear(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
@@ -76,18 +82,71 @@ def _batch_norm(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) 
     )
 
 
-ADAPTERS = (
-    Adapter((nn.Linear,), -1, ("weight", "bias"), (), True, _linear),
-    Adapter((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1, ("weight", "bias"), (), True, _conv),
-    Adapter(
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-        1,
-        ("weight", "bias"),
-        ("running_mean", "running_var"),
-        False,
-        _batch_norm,
-    ),
-)
+def _grouped_conv(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    weight = tensors["weight"]
+    assert weight is not None
+    if module.padding_mode == "zeros":
+        padding = module.padding
+    else:  # as in the module's own forward, which takes its number of groups from itself
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = (0,) * len(module.kernel_size)
+    groups = weight.shape[0] * module.groups // module.out_channels
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
+    return convolve(x, weight, tensors["bias"], module.stride, padding, module.dilation, groups)
+
+
+def _group_norm(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
+    assert isinstance(module, nn.GroupNorm)
+    groups = x.shape[1] * module.num_groups // module.num_channels
+    return F.group_norm(x, groups, tensors["weight"], tensors["bias"], module.eps)
+
+
+def _instance_norm(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
+    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    batched = x.dim() == module._get_no_batch_dim() + 1
+    if not batched:
+        raise UnsupportedNetwork(f"{module} reads inputs without a batch dimension")
+    return F.instance_norm(
+        x,
+        tensors["running_mean"],
+        tensors["running_var"],
+        tensors["weight"],
+        tensors["bias"],
+        training or not module.track_running_stats,
+        0.0 if module.momentum is None else module.momentum,
+        module.eps,
+    )
+
+
+def _prelu(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
+    weight = tensors["weight"]
+    assert weight is not None
+    return F.prelu(x, weight)
+
+
+def _as_it_is(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
+    return module(x)  # type: ignore[no-any-return]
+
+
+AFFINE = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+LINEAR = Adapter((nn.Linear,), -1, AFFINE, (), True, _linear)
+CONV = Adapter(CONVOLUTIONS, 1, AFFINE, (), True, _conv)
+GROUPED_CONV = Adapter(CONVOLUTIONS, 1, AFFINE, (), False, _grouped_conv)
+BATCH_NORM = Adapter(BATCH_NORMS, 1, AFFINE, STATISTICS, False, _batch_norm)
+GROUP_NORM = Adapter((nn.GroupNorm,), 1, AFFINE, (), False, _group_norm)
+INSTANCE_NORM = Adapter(INSTANCE_NORMS, 1, AFFINE, STATISTICS, False, _instance_norm)
+PRELU = Adapter((nn.PReLU,), 1, ("weight",), (), False, _prelu)
+LAYER_NORM = Adapter((nn.LayerNorm,), 1, AFFINE, (), False, _as_it_is, shared=True)
+ONE_SLOPE = Adapter((nn.PReLU,), 1, ("weight",), (), False, _as_it_is, shared=True)
+
+ADAPTERS = (LINEAR, CONV, BATCH_NORM, GROUP_NORM, INSTANCE_NORM, PRELU, LAYER_NORM)
+"""One a type; :func:`adapter_of` tells the variants of a type apart."""
 
 SUPPORTED = ", ".join(t.__name__ for adapter in ADAPTERS for t in adapter.types)
 
@@ -123,21 +182,21 @@ def adapter_of(name: str, module: nn.Module) -> Adapter:
                 f"{where} overrides the forward of {base.__name__}, which CLNP can't slice; "
                 f"use a plain {base.__name__}"
             )
-        if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        affine = getattr(module, "affine", getattr(module, "elementwise_affine", True))
+        if parametrize.is_parametrized(module) or (affine and "weight" not in module._parameters):
             raise UnsupportedNetwork(
                 f"{where} computes its weight (a parametrization, weight or spectral norm); "
                 "CLNP needs plain parameters: remove the parametrization"
-            )
-        if getattr(module, "groups", 1) != 1:
-            raise UnsupportedNetwork(
-                f"{where} has groups={module.groups}; grouped convolutions are not supported yet: "
-                "use groups=1"
             )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise UnsupportedNetwork(
                 f"{where} has no running statistics, so that its output depends on the batch; "
                 "use track_running_stats=True"
             )
+        if adapter is CONV and getattr(module, "groups", 1) > 1:
+            return GROUPED_CONV
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            return ONE_SLOPE
         return adapter
     raise UnsupportedNetwork(
         f"{where} has parameters, and CLNP doesn't know how to split them by unit; supported are "
@@ -148,21 +207,19 @@ def adapter_of(name: str, module: nn.Module) -> Adapter:
 
 
 def row_tensors(module: nn.Module, adapter: Adapter) -> dict[str, Tensor | None]:
-    """The layer's tensors that have one row a unit, by name."""
+    """The layer's tensors that have one row a channel (a shared layer: any), by name."""
     return {
-        **{name: module._parameters[name] for name in adapter.parameters},
-        **{name: module._buffers[name] for name in adapter.buffers},
+        **{name: module._parameters.get(name) for name in adapter.parameters},
+        **{name: module._buffers.get(name) for name in adapter.buffers},
     }
 
 
-def sliced(
-    tensors: Tensors, rows: slice, columns: slice | None, adapter: Adapter
-) -> dict[str, Tensor | None]:
-    """The given rows of each tensor, and the given columns of the weight; views, no copies."""
-    part = {name: None if t is None else t[rows] for name, t in tensors.items()}
+def sliced(tensors: Tensors, rows: Runs | None, columns: Runs | None) -> dict[str, Tensor | None]:
+    """The given rows of each tensor, and the given columns of the weight (None: all)."""
+    part = {name: t if t is None or rows is None else take(t, rows) for name, t in tensors.items()}
     weight = part.get("weight")
-    if adapter.has_columns and columns is not None and weight is not None:
-        part["weight"] = weight[:, columns]
+    if columns is not None and weight is not None:
+        part["weight"] = take(weight, columns, dim=1)
     return part
 
 

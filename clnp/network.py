@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from clnp.errors import CapacityExhausted, UnsupportedNetwork
 from clnp.layers import Adapter, adapter_of, row_tensors, sliced
+from clnp.layout import Layout, Runs, pieces, put, runs, take
 from clnp.partition import Partition, derived_seed, permute, reinitialise, sever
-from clnp.units import Forward, Layout
+from clnp.units import Forward
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Head:
     layer
         Name of the layer.
     start
-        The first unit of the last hidden group that it reads (f(t-1) in a single head).
+        The first unit that it reads of each hidden group before it (f(t-1) in a single head).
     bias : (classes,) or None
         A bias of the task's own in place of the layer's.
     use_bias
@@ -47,7 +48,7 @@ class Head:
     """
 
     layer: str
-    start: int
+    start: dict[str, int]
     bias: Tensor | None = None
     use_bias: bool = True
 
@@ -124,6 +125,11 @@ class PartitionedNetwork:
         head_bias: str = "shared",
         seed: int = 0,
     ) -> None:
+        if single_head and any(part.layer == layout.head for part in layout.inputs):
+            raise UnsupportedNetwork(
+                f"the single head {layout.head!r} reads the network's input beside units, and what "
+                "it makes of that would have to change with each task; use one head a task"
+            )
         self.model = model
         self.layout = layout
         self.single_head = single_head
@@ -132,6 +138,8 @@ class PartitionedNetwork:
         self.partition = Partition({g.name: g.width for g in layout.groups})
         self.heads: list[Head] = []
         self._originals: dict[tuple[str, str], nn.Parameter] = {}
+        # Leaves that are copies, and where their values belong in the original: (dimension, runs).
+        self._copies: dict[tuple[str, str], tuple[int, Runs]] = {}
         self._training_view: View | None = None
 
     # -- what the layers are -------------------------------------------------------------------
@@ -146,18 +154,35 @@ class PartitionedNetwork:
         """True between :meth:`begin_task` and :meth:`end_task`."""
         return self._training_view is not None
 
-    def _only_the_head_reads(self, group: str) -> bool:
-        readers = next(g for g in self.layout.groups if g.name == group).readers
-        return {r.layer for r in readers} == {self.layout.head}
-
     def _start(self, before: dict[str, int]) -> dict[str, int]:
         """The first unit that a view computes, by group.
 
-        In a single head the older units of the last hidden group are read by nobody else.
+        In a single head, older units that only the head reads are read by nobody else.
         """
-        last = self.layout.last.name
-        skip = self.single_head and self._only_the_head_reads(last)
-        return {name: f if skip and name == last else 0 for name, f in before.items()}
+        alone = {
+            group.name
+            for group in self.layout.groups
+            if self.single_head and {part.layer for part in group.readers} == {self.layout.head}
+        }
+        return {name: f if name in alone else 0 for name, f in before.items()}
+
+    def floors(self) -> dict[str, int]:
+        """The smallest counts that the newest task can be cut to, by group.
+
+        A layer can't compute no unit at all, and in a single head a task without a unit of its own
+        before the head has no output.
+        """
+        before = self.frontier
+        floors = {name: first + 1 for name, first in self._start(before).items()}
+        if self.single_head:
+            open_ends = [g for g in self.layout.ends if before[g] < self.layout.widths[g]]
+            floors[open_ends[-1]] = before[open_ends[-1]] + 1
+        return {name: min(floor, self.layout.widths[name]) for name, floor in floors.items()}
+
+    @property
+    def frontier(self) -> dict[str, int]:
+        """Units active after all tasks learnt so far, by group."""
+        return {name: f[-1] for name, f in self.partition.frontiers.items()}
 
     # -- views ---------------------------------------------------------------------------------
 
@@ -176,13 +201,14 @@ class PartitionedNetwork:
 
     def candidate(self, used: dict[str, int]) -> View:
         """The sub-network that the task just trained would be, cut to ``used`` units."""
-        before = {name: f[-1] for name, f in self.partition.frontiers.items()}
+        before = self.frontier
         return self.subnetwork_view(before, used, self._new_head(before))
 
     @contextmanager
     def view(self, view: View) -> Iterator[None]:
         """Run the model's forward as a view; nests, and restores what it found."""
         modules = self.modules | {view.head.layer: self.model.get_submodule(view.head.layer)}
+        modules = {name: m for name, m in modules.items() if name not in self.layout.shared}
         outer = {name: module.__dict__.get("forward") for name, module in modules.items()}
         modes = {module: module.training for module in self.model.modules()}
         try:
@@ -210,75 +236,102 @@ class PartitionedNetwork:
         adapter = adapter_of(name, module)
         if name == view.head.layer:
             return self._head_layer(name, module, adapter, view)
-        group, (read, repeat) = self.layout.writes[name], self.layout.reads[name]
-        start, split, stop = view.start[group], view.split[group], view.stop[group]
+        rows, columns = self.layout.rows[name], self.layout.columns[name]
+        start, split, stop = view.start, view.split, view.stop
         stored = self._stored(name, module, adapter)
-        dim = adapter.unit_dim
-
-        def columns(end: dict[str, int]) -> slice | None:
-            if read is None:
-                return None
-            return slice(view.start[read] * repeat, end[read] * repeat)
-
-        frozen = sliced(stored, slice(start, split), columns(view.split), adapter)
+        reads = None  # columns of the weight: all, unless it has some and they are units
+        if adapter.has_columns and columns:
+            reads = self.layout.runs(columns, start, split)
+        frozen = sliced(stored, self.layout.runs(rows, start, split), reads)
         if not view.trains:
             return lambda x: adapter.compute(module, x, frozen, False)
-        # What the older units read: a prefix of the units, or all of the network's input.
-        seen = split - start
-        if adapter.has_columns:
-            seen = -1 if read is None else (view.split[read] - view.start[read]) * repeat
+        # What x holds are units [start:stop) of each group that the layer reads.
+        dim = adapter.unit_dim
+        seen = runs(columns, start, split, start, stop) if columns else None
 
         def frozen_part(x: Tensor) -> Tensor:
             with torch.no_grad():
-                x = x if seen < 0 else x.narrow(dim, 0, seen)
+                x = x if seen is None else take(x, seen, dim)
                 return adapter.compute(module, x, frozen, False)
+
+        free_part = self._free_part(name, module, adapter, view)
+        older = [(split[s.group] - start[s.group]) * s.block for s in rows if s.group]
+        newer = [(stop[s.group] - split[s.group]) * s.block for s in rows if s.group]
+        if not any(newer):
+            return frozen_part
+        if not any(older):
+            return free_part
+        if len(rows) == 1:
+            return lambda x: torch.cat([frozen_part(x), free_part(x)], dim=dim)
+
+        def joined(x: Tensor) -> Tensor:
+            parts = (frozen_part(x).split(older, dim), free_part(x).split(newer, dim))
+            return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], dim)
+
+        return joined
+
+    def _free_part(
+        self, name: str, module: nn.Module, adapter: Adapter, view: View
+    ) -> Callable[[Tensor], Tensor]:
+        """What a layer computes of the task in training: units [split:stop)."""
+        rows, columns = self.layout.rows[name], self.layout.columns[name]
+        start, split, stop, dim = view.start, view.split, view.stop, adapter.unit_dim
+        free = self.layout.runs(rows, split, stop)
+        # A norm sees its own units alone; a layer with columns reads all that there is.
+        seen = None
+        if not adapter.has_columns:
+            seen = runs(columns, split, stop, start, stop)
+        reads = self.layout.runs(columns, start, stop)
+        narrower = columns and sum(r.stop - r.start for r in reads) < sum(s.width for s in columns)
 
         def free_part(x: Tensor) -> Tensor:
             tensors = row_tensors(module, adapter)  # the leaves: already the free rows alone
-            for key in adapter.buffers:
-                buffer = tensors[key]
-                tensors[key] = None if buffer is None else buffer[split:]
-            x = x if adapter.has_columns else x.narrow(dim, seen, stop - split)
-            return adapter.compute(module, x, tensors, module.training)
+            if adapter.has_columns and narrower:
+                assert tensors["weight"] is not None
+                tensors["weight"] = take(tensors["weight"], reads, 1)
+            buffers = {key: tensors[key] for key in adapter.buffers}
+            for key, buffer in buffers.items():
+                tensors[key] = None if buffer is None else take(buffer, free)
+            x = x if seen is None else take(x, seen, dim)
+            out = adapter.compute(module, x, tensors, module.training)
+            if len(free) > 1 and module.training:  # running statistics were copies
+                for key, buffer in buffers.items():
+                    moved = tensors[key]
+                    if buffer is not None and moved is not None:
+                        put(buffer, free, moved)
+            return out
 
-        if split == stop:
-            return frozen_part
-        if split == start:
-            return free_part
-        return lambda x: torch.cat([frozen_part(x), free_part(x)], dim=dim)
+        return free_part
 
     def _head_layer(
         self, name: str, module: nn.Module, adapter: Adapter, view: View
     ) -> Callable[[Tensor], Tensor]:
-        last, head = self.layout.last, view.head
-        _, repeat = self._head_reads(name)
-        computed, stop, dim = view.start[last.name], view.stop[last.name], adapter.unit_dim
-        skip = (head.start - computed) * repeat
-        width = (stop - head.start) * repeat
+        head, dim = view.head, adapter.unit_dim
+        # All heads read what the present one reads.
+        columns = self.layout.columns[self.layout.head]
         stored = sliced(
             self._stored(name, module, adapter),
-            slice(None),
-            slice(head.start * repeat, stop * repeat),
-            adapter,
+            None,
+            self.layout.runs(columns, head.start, view.stop),
         )
         if head.bias is not None or not head.use_bias:
             stored["bias"] = head.bias
+        seen = None  # what it reads of x; all of it, unless older units are there too
+        if any(head.start[group] > view.start[group] for group in self.layout.ends):
+            seen = runs(columns, head.start, view.stop, view.start, view.stop)
+        reads = self.layout.runs(columns, head.start, view.stop)
 
         def forward(x: Tensor) -> Tensor:
             tensors = stored
-            if view.trains:  # the leaves: already the columns of this task alone
+            if view.trains:  # the leaves: in a single head already the columns of this task alone
                 tensors = row_tensors(module, adapter)
+                if not self.single_head:
+                    tensors = sliced(tensors, None, reads)
                 tensors = tensors if head.use_bias else {**tensors, "bias": None}
-            x = x.narrow(dim, skip, width) if skip else x
+            x = x if seen is None else take(x, seen, dim)
             return adapter.compute(module, x, tensors, module.training)
 
         return forward
-
-    def _head_reads(self, name: str) -> tuple[str, int]:
-        """The group that a head reads, and the columns a unit; also for heads of other tasks."""
-        last = self.layout.last
-        columns = self._original(name, "weight").shape[1]
-        return last.name, columns // last.width
 
     def _original(self, name: str, key: str) -> Tensor:
         """A parameter in full, whether its task is in training or not."""
@@ -320,7 +373,7 @@ class PartitionedNetwork:
         CapacityExhausted
             If a single head has no free unit left in the last hidden layer.
         """
-        if layout.core() != self.layout.core() or layout.last.name != self.layout.last.name:
+        if layout.core() != self.layout.core():
             raise UnsupportedNetwork(
                 "the network has changed since the last task (layers added, removed or resized "
                 "outside the head, or a head that reads another layer); CLNP needs the same hidden "
@@ -332,9 +385,9 @@ class PartitionedNetwork:
                 "give each task an output layer of its own, or use a single head"
             )
         self.layout = layout
-        before = {name: f[-1] for name, f in self.partition.frontiers.items()}
-        last, task = layout.last, self.partition.tasks
-        if self.single_head and before[last.name] == last.width:
+        before, task = self.frontier, self.partition.tasks
+        if self.single_head and all(before[g] == layout.widths[g] for g in layout.ends):
+            last = layout.last
             raise CapacityExhausted(
                 f"no unit is free in the last hidden layer {last.name!r} ({last.width} units, all "
                 f"used by {task} tasks), and a single head can't learn without one; use a wider "
@@ -345,15 +398,38 @@ class PartitionedNetwork:
             if self.single_head and self.head_bias == "per-task":
                 anew = ("weight", "bias")
             reinitialise(self.modules, layout, before, derived_seed(self.seed, task), anew)
+        return self.train_units(dict(layout.widths))
+
+    def train_units(self, stop: dict[str, int]) -> dict[nn.Parameter, nn.Parameter | None]:
+        """Let units from the frontier up to ``stop`` train, reading no other than those before it.
+
+        All free units at a task's beginning; for fine-tuning those that have survived the cut.
+
+        Parameters
+        ----------
+        stop
+            The number of units that take part, by group.
+
+        Returns
+        -------
+        dict
+            As :meth:`begin_task`.
+        """
+        layout, before = self.layout, self.frontier
         leaves: dict[nn.Parameter, nn.Parameter | None] = dict.fromkeys(self.model.parameters())
         for name, module in self.modules.items():
             for key, original in list(module._parameters.items()):
                 if original is None:
                     continue
                 if name == layout.head:
-                    leaf = self._head_leaf(key, original, before[last.name])
+                    leaf = self._head_leaf(key, original, before, stop)
+                elif name in layout.shared:
+                    leaf = original if self.partition.tasks == 0 else _frozen_copy(original)
                 else:
-                    rows = original.detach()[before[layout.writes[name]] :]
+                    free = layout.runs(layout.rows[name], before, stop)
+                    if len(free) > 1:
+                        self._copies[name, key] = (0, free)
+                    rows = take(original.detach(), free)
                     leaf = nn.Parameter(rows, requires_grad=original.requires_grad)
                 self._originals[name, key] = original
                 module._parameters[key] = leaf
@@ -362,29 +438,32 @@ class PartitionedNetwork:
         self._training_view = View(
             start=self._start(before),
             split=before,
-            stop=dict(self.partition.widths),
+            stop=stop,
             head=self._new_head(before),
             trains=True,
         )
         return leaves
 
-    def _head_leaf(self, key: str, original: nn.Parameter, start: int) -> nn.Parameter:
+    def _head_leaf(
+        self, key: str, original: nn.Parameter, before: dict[str, int], stop: dict[str, int]
+    ) -> nn.Parameter:
         if not self.single_head:
             return original
         if key == "weight":
             # Optimizers, fused ones above all, are right on row views only: columns are copied.
-            _, repeat = self._head_reads(self.layout.head)
-            columns = original.detach()[:, start * repeat :].clone()
+            free = self.layout.runs(self.layout.columns[self.layout.head], before, stop)
+            self._copies[self.layout.head, key] = (1, free)
+            columns = take(original.detach(), free, 1).clone()
             return nn.Parameter(columns, requires_grad=original.requires_grad)
         first = self.partition.tasks == 0
         trains = {"shared": first, "per-task": True, "none": False}[self.head_bias]
-        return nn.Parameter(
-            original.detach().clone(), requires_grad=trains and original.requires_grad
-        )
+        if trains and original.requires_grad:
+            return original
+        return _frozen_copy(original)
 
     def _new_head(self, before: dict[str, int]) -> Head:
         """The head of the task in training, with the layer's bias as it stands."""
-        start = before[self.layout.last.name] if self.single_head else 0
+        start = {group: before[group] if self.single_head else 0 for group in self.layout.widths}
         use = not self.single_head or self.head_bias != "none"
         return Head(self.layout.head, start, None, use)
 
@@ -405,7 +484,7 @@ class PartitionedNetwork:
 
     def trained_tensors(self) -> list[Tensor]:
         """Everything that the task in training changes: its leaves and free running statistics."""
-        before = self.training_view.split
+        view = self.training_view
         found: list[Tensor] = []
         for name, module in self.modules.items():
             adapter = adapter_of(name, module)
@@ -417,7 +496,8 @@ class PartitionedNetwork:
             for key in adapter.buffers:
                 buffer = tensors[key]
                 if buffer is not None:
-                    found.append(buffer[before[self.layout.writes[name]] :])
+                    free = self.layout.runs(self.layout.rows[name], view.split, view.stop)
+                    found += pieces(buffer, free)
         return found
 
     @torch.no_grad()
@@ -426,14 +506,12 @@ class PartitionedNetwork:
         for (name, key), original in self._originals.items():
             module = self.model.get_submodule(name)
             leaf = module._parameters[key]
-            if name == self.layout.head and self.single_head and leaf is not None:
-                if key == "weight":
-                    original[:, original.shape[1] - leaf.shape[1] :] = leaf
-                elif leaf.requires_grad:
-                    original.copy_(leaf)
+            if (name, key) in self._copies and leaf is not None:
+                dim, where = self._copies[name, key]
+                put(original, where, leaf, dim)
             module._parameters[key] = original
             original.grad = None
-        self._originals = {}
+        self._originals, self._copies = {}, {}
         self._training_view = None
 
     def sort(self, orders: dict[str, Tensor]) -> None:
@@ -444,7 +522,7 @@ class PartitionedNetwork:
 
     def learn(self, used: dict[str, int]) -> None:
         """Make the first ``used`` units of each group active for good: cut, sever, remember."""
-        head = self._new_head({name: f[-1] for name, f in self.partition.frontiers.items()})
+        head = self._new_head(self.frontier)
         bias = self.model.get_submodule(head.layer)._parameters["bias"]
         if self.single_head and self.head_bias == "per-task" and bias is not None:
             head = Head(head.layer, head.start, bias.detach().clone(), True)
@@ -459,23 +537,37 @@ class PartitionedNetwork:
         found: dict[str, Tensor] = {}
         if self.partition.tasks == 0:
             return found
-        used = {name: f[-1] for name, f in self.partition.frontiers.items()}
-        for name in self.layout.order:
-            if name == self.layout.head:
+        layout, used = self.layout, self.frontier
+        nothing = dict.fromkeys(used, 0)
+
+        def enter(name: str, tensor: Tensor, where: Runs, dim: int) -> None:
+            views = pieces(tensor, where, dim)
+            for index, view in enumerate(views):
+                found[name if len(views) == 1 else f"{name}[{index}]"] = view
+
+        for name in layout.order:
+            if name == layout.head:
                 continue
             module = self.model.get_submodule(name)
             tensors = self._stored(name, module, adapter_of(name, module))
             for key, tensor in tensors.items():
-                if tensor is not None:
-                    found[f"{name}.{key}"] = tensor[: used[self.layout.writes[name]]]
+                if tensor is None:
+                    continue
+                if name in layout.shared:
+                    found[f"{name}.{key}"] = tensor
+                else:
+                    enter(f"{name}.{key}", tensor, layout.runs(layout.rows[name], nothing, used), 0)
+        columns = layout.runs(layout.columns[layout.head], nothing, used)
         for layer in dict.fromkeys(head.layer for head in self.heads):
             module = self.model.get_submodule(layer)
-            _, repeat = self._head_reads(layer)
-            columns = used[self.layout.last.name] * repeat if self.single_head else None
             own_bias = self.single_head and self.head_bias == "per-task"
             for key, tensor in self._stored(layer, module, adapter_of(layer, module)).items():
-                if tensor is not None and not (key == "bias" and own_bias):
-                    found[f"{layer}.{key}"] = tensor[:, :columns] if key == "weight" else tensor
+                if tensor is None or (key == "bias" and own_bias):
+                    continue
+                if key == "weight" and self.single_head:
+                    enter(f"{layer}.{key}", tensor, columns, 1)
+                else:
+                    found[f"{layer}.{key}"] = tensor
         return found
 
     @torch.no_grad()
@@ -491,7 +583,7 @@ class PartitionedNetwork:
             "widths": dict(self.partition.widths),
             "frontiers": {name: list(f) for name, f in self.partition.frontiers.items()},
             "heads": [
-                {"layer": h.layer, "start": h.start, "bias": h.bias, "use_bias": h.use_bias}
+                {"layer": h.layer, "start": dict(h.start), "bias": h.bias, "use_bias": h.use_bias}
                 for h in self.heads
             ],
             "frozen": {name: tensor.clone() for name, tensor in self._frozen().items()},
@@ -517,7 +609,7 @@ class PartitionedNetwork:
         heads = [
             Head(
                 h["layer"],
-                h["start"],
+                dict(h["start"]),
                 None if h["bias"] is None else h["bias"].to(device),
                 h["use_bias"],
             )
@@ -540,4 +632,9 @@ class PartitionedNetwork:
             ) from error
         for name, tensor in frozen.items():
             tensor.copy_(loaded[name])
-        sever(self.modules, self.layout, {name: f[-1] for name, f in frontiers.items()})
+        sever(self.modules, self.layout, self.frontier)
+
+
+def _frozen_copy(parameter: nn.Parameter) -> nn.Parameter:
+    """What stands in for a parameter of which nothing trains: no gradient, no way to its values."""
+    return nn.Parameter(parameter.detach().clone(), requires_grad=False)

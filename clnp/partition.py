@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clnp.layers import adapter_of, reset, row_tensors
-from clnp.units import Layout, UnitGroup
+from clnp.layout import Layout, Part, UnitGroup, put, take
 
 
 @dataclass
@@ -113,18 +113,21 @@ def permute(modules: dict[str, nn.Module], group: UnitGroup, order: Tensor) -> N
     order : (width,) int64
         ``order[i]`` is the present place of the unit that goes to place i.
     """
-    for name in (*group.writers, *group.norms):
-        module = modules[name]
-        for tensor in row_tensors(module, adapter_of(name, module)).values():
+
+    def move(tensor: Tensor, part: Part, dim: int) -> None:
+        channels = tensor.narrow(dim, part.first, group.width * part.block)
+        blocks = order[:, None] * part.block + torch.arange(part.block)
+        channels.copy_(channels.index_select(dim, blocks.flatten().to(tensor.device)))
+
+    for part in (*group.writers, *group.norms):
+        module = modules[part.layer]
+        for tensor in row_tensors(module, adapter_of(part.layer, module)).values():
             if tensor is not None:
-                tensor.copy_(tensor[order.to(tensor.device)])
-    for reader in group.readers:
-        weight = modules[reader.layer]._parameters["weight"]
+                move(tensor, part, 0)
+    for part in group.readers:
+        weight = modules[part.layer]._parameters["weight"]
         assert weight is not None
-        blocks = order.to(weight.device)[:, None] * reader.repeat + torch.arange(
-            reader.repeat, device=weight.device
-        )
-        weight.copy_(weight[:, blocks.flatten()])
+        move(weight, part, 1)
 
 
 @torch.no_grad()
@@ -141,13 +144,15 @@ def sever(modules: dict[str, nn.Module], layout: Layout, used: dict[str, int]) -
         Number of active units of each group.
     """
     for group in layout.groups:
-        for reader in group.readers:
-            weight = modules[reader.layer]._parameters["weight"]
+        for part in group.readers:
+            weight = modules[part.layer]._parameters["weight"]
             assert weight is not None
             rows = weight.shape[0]
-            if reader.layer != layout.head:
-                rows = used[layout.writes[reader.layer]]
-            weight[:rows, used[group.name] * reader.repeat :] = 0.0
+            if part.layer != layout.head:
+                (span,) = layout.rows[part.layer]
+                rows = used[str(span.group)] * span.block
+            free = slice(used[group.name] * part.block, group.width * part.block)
+            weight[:rows, part.first + free.start : part.first + free.stop] = 0.0
 
 
 @torch.no_grad()
@@ -175,22 +180,23 @@ def reinitialise(
         head its weight, and its bias if each task has one of its own.
     """
     for index, name in enumerate(layout.order):
+        if name in layout.shared:
+            continue
         module = modules[name]
         fresh = reset(module, derived_seed(seed, index))
         if name == layout.head:
-            group, repeat = layout.reads[name]
-            start = used[group] * repeat if group is not None else 0
+            free = layout.runs(layout.columns[name], used, layout.widths)
             weight = module._parameters["weight"]
             if "weight" in head and weight is not None:
-                weight[:, start:] = fresh["weight"][:, start:].to(weight)
+                put(weight, free, take(fresh["weight"], free, 1).to(weight), 1)
             bias = module._parameters.get("bias")
             if "bias" in head and bias is not None:
                 bias.copy_(fresh["bias"])
             continue
-        first = used[layout.writes[name]]
+        free = layout.runs(layout.rows[name], used, layout.widths)
         for key, tensor in row_tensors(module, adapter_of(name, module)).items():
             if tensor is not None:
-                tensor[first:] = fresh[key][first:].to(tensor)
+                put(tensor, free, take(fresh[key], free).to(tensor))
         batches = module._buffers.get("num_batches_tracked")
         if batches is not None:
             batches.zero_()

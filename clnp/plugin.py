@@ -27,12 +27,13 @@ from torch.optim import Optimizer
 from clnp.capacity import capacity_table, reused_units
 from clnp.early_stopping import LatestWithinMargin
 from clnp.errors import Incompatible, UnsupportedNetwork
+from clnp.layout import Layout
 from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
 from clnp.proof import prove
 from clnp.pruning import Activity, graceful_forgetting, sorting
 from clnp.sparsity import L1
-from clnp.units import Forward, Layout, find_layout
+from clnp.units import Forward, find_layout
 
 HOLD_OUT = 0.1
 """Share of a task's training data held out for validation where no stream is given."""
@@ -368,12 +369,12 @@ class CLNPPlugin(SupervisedPlugin):
                 pass
         self._release()
         self._verify()
-        self._cut(strategy, activity.means(), start)
+        self._cut(strategy, activity.means())
         self._train_data = self._valid_data = self._kept = None
 
-    def _cut(self, strategy: Any, activity: dict[str, Tensor], start: dict[str, int]) -> None:
-        network, partition = self.network, self.partition
-        before = {name: f[-1] for name, f in partition.frontiers.items()}
+    def _cut(self, strategy: Any, activity: dict[str, Tensor]) -> None:
+        network = self.network
+        before = network.frontier
         orders = {name: sorting(a, before[name]) for name, a in activity.items()}
         network.sort(orders)
         activity = {name: a[orders[name]] for name, a in activity.items()}
@@ -382,14 +383,10 @@ class CLNPPlugin(SupervisedPlugin):
             with network.view(network.candidate(used)):
                 return self._accuracy(strategy)
 
-        floors = {name: first + 1 for name, first in start.items()}
-        if network.single_head:  # a task without a unit of its own there has no output
-            last = network.layout.last.name
-            floors[last] = before[last] + 1
         cut = graceful_forgetting(
             activity,
             before,
-            floors,
+            network.floors(),
             evaluate,
             max(self.validation_accuracy),
             self._task_margin,

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from clnp.errors import UnsupportedNetwork
 from clnp.layers import adapter_of, row_tensors
+from clnp.layout import Layout, pieces
 from clnp.network import PartitionedNetwork
 from clnp.partition import permute, sever
-from clnp.units import Forward, Layout
+from clnp.units import Forward
 
 TOLERANCE = 1e-3
 """Largest difference taken for rounding, as a share of the logits' spread (fp32 sums)."""
@@ -73,22 +74,25 @@ def prove(
 
 def _check_shapes(model: nn.Module, layout: Layout) -> None:
     """Each layer of a group has as many rows, or columns, as the group's units need."""
-    for group in layout.groups:
-        for name in (*group.writers, *group.norms):
-            module = model.get_submodule(name)
-            for tensor in row_tensors(module, adapter_of(name, module)).values():
-                if tensor is not None and tensor.shape[0] != group.width:
-                    raise UnsupportedNetwork(
-                        f"layer {name!r} has {tensor.shape[0]} units, but it is grouped with the "
-                        f"{group.width} units of {group.name!r}. {ADVICE}"
-                    )
-        for reader in group.readers:
-            weight = model.get_submodule(reader.layer)._parameters["weight"]
-            assert weight is not None
-            if weight.shape[1] != group.width * reader.repeat:
+    for name in layout.order:
+        module = model.get_submodule(name)
+        adapter = adapter_of(name, module)
+        rows, columns = layout.rows[name], layout.columns[name]
+        units = ", ".join(repr(s.group) for s in rows)
+        for tensor in row_tensors(module, adapter).values():
+            if rows and tensor is not None and tensor.shape[0] != sum(s.width for s in rows):
                 raise UnsupportedNetwork(
-                    f"layer {reader.layer!r} has {weight.shape[1]} columns, but the {group.width} "
-                    f"units of {group.name!r} take {group.width * reader.repeat}. {ADVICE}"
+                    f"layer {name!r} has {tensor.shape[0]} channels, but the units of {units} make "
+                    f"{sum(s.width for s in rows)}. {ADVICE}"
+                )
+        if adapter.has_columns and columns:
+            weight = module._parameters["weight"]
+            assert weight is not None
+            if weight.shape[1] != sum(s.width for s in columns):
+                units = ", ".join(repr(s.group) for s in columns)
+                raise UnsupportedNetwork(
+                    f"layer {name!r} has {weight.shape[1]} columns, but the units of {units} take "
+                    f"{sum(s.width for s in columns)}. {ADVICE}"
                 )
 
 
@@ -101,7 +105,7 @@ def _draw(model: nn.Module, layout: Layout) -> None:
             if tensor is None:
                 continue
             noise = torch.randn(tensor.shape).to(tensor)
-            if key == "weight" and adapter.has_columns:
+            if key == "weight" and name in layout.weights:
                 tensor.copy_(noise * (2.0 / tensor[0].numel()) ** 0.5)
             elif key in ("weight", "running_var"):
                 tensor.copy_(noise.abs() * 0.3 + 0.7)
@@ -202,7 +206,9 @@ def _masked(network: PartitionedNetwork, task: int, forward: Forward, x: Tensor)
     sever(modules, layout, used)
     weight = modules[layout.head]._parameters["weight"]
     assert weight is not None
-    weight[:, : network.heads[task].start * layout.reads[layout.head][1]] = 0.0
+    start = network.heads[task].start
+    for run in layout.runs(layout.columns[layout.head], dict.fromkeys(start, 0), start):
+        weight[:, run] = 0.0
     return forward(model, x)
 
 
@@ -210,14 +216,18 @@ def _write_free_entries(network: PartitionedNetwork, used: dict[str, int]) -> No
     """Noise in every entry that a later task may write."""
     layout = network.layout
     for name, module in network.modules.items():
-        adapter = adapter_of(name, module)
-        for key, tensor in row_tensors(module, adapter).items():
+        if name in layout.shared:
+            continue
+        for key, tensor in row_tensors(module, adapter_of(name, module)).items():
             if tensor is None:
                 continue
             if name != layout.head:
-                free = tensor[used[layout.writes[name]] :]
+                free = layout.runs(layout.rows[name], used, layout.widths)
+                entries = pieces(tensor, free)
             elif key == "weight":
-                free = tensor[:, used[layout.last.name] * layout.reads[name][1] :]
+                free = layout.runs(layout.columns[name], used, layout.widths)
+                entries = pieces(tensor, free, 1)
             else:
                 continue
-            free.copy_(torch.randn(free.shape).to(free).abs() + 1.0)
+            for entry in entries:
+                entry.copy_(torch.randn(entry.shape).to(entry).abs() + 1.0)

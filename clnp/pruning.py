@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clnp.errors import CLNPError
-from clnp.units import Layout
+from clnp.layout import Layout, Part
 
 EPSILON = 1e-9
 """Accuracies are ratios of counts: differences below this are rounding."""
@@ -23,8 +23,8 @@ class Activity:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._sums: dict[tuple[str, str], Tensor] = {}
-        self._counts: dict[tuple[str, str], int] = {}
+        self._sums: dict[tuple[str, Part], Tensor] = {}
+        self._counts: dict[tuple[str, Part], int] = {}
 
     @contextmanager
     def measure(self, model: nn.Module, start: dict[str, int]) -> Iterator[None]:
@@ -39,36 +39,43 @@ class Activity:
         """
         handles = []
         for group in self._layout.groups:
-            for reader in group.readers:
-                key = (group.name, reader.layer)
+            for part in group.readers:
+                key = (group.name, part)
                 self._sums[key] = torch.zeros(group.width, dtype=torch.float64)
                 self._counts[key] = 0
-
-                def hook(
-                    module: nn.Module,
-                    inputs: tuple[Tensor, ...],
-                    key: tuple[str, str] = key,
-                    repeat: int = reader.repeat,
-                    first: int = start[group.name],
-                ) -> None:
-                    x = inputs[0].detach().float().abs()
-                    dim = -1 if isinstance(module, nn.Linear) else 1
-                    x = x.unflatten(dim, (-1, repeat)).movedim(dim if dim > 0 else -2, 0)
-                    each = x.flatten(1).sum(1)
-                    sums = self._sums[key]
-                    if sums.device != each.device:
-                        # MPS has no float64; single precision does there.
-                        kind = torch.float32 if each.device.type == "mps" else torch.float64
-                        sums = self._sums[key] = sums.to(each.device, kind)
-                    sums[first : first + each.numel()] += each
-                    self._counts[key] += x[0].numel()
-
-                handles.append(model.get_submodule(reader.layer).register_forward_pre_hook(hook))
+                module = model.get_submodule(part.layer)
+                handles.append(module.register_forward_pre_hook(self._hook(key, start)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _hook(self, key: tuple[str, Part], start: dict[str, int]) -> Callable[..., None]:
+        """Add up what a layer reads of a group, of which the passes compute units [start:)."""
+        group, part = key
+        width = (self._layout.widths[group] - start[group]) * part.block
+        offset = 0  # where the group's channels begin in what the layer reads
+        for span, first in zip(*self._layout.offsets(part.layer), strict=True):
+            if first == part.first:
+                break
+            skipped = 0 if span.group is None else start[span.group] * span.block
+            offset += span.width - skipped
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            dim = -1 if isinstance(module, nn.Linear) else 1
+            x = inputs[0].detach().narrow(dim, offset, width).float().abs()
+            x = x.unflatten(dim, (-1, part.block)).movedim(dim if dim > 0 else -2, 0)
+            each = x.flatten(1).sum(1)
+            sums = self._sums[key]
+            if sums.device != each.device:
+                # MPS has no float64; single precision does there.
+                kind = torch.float32 if each.device.type == "mps" else torch.float64
+                sums = self._sums[key] = sums.to(each.device, kind)
+            sums[start[group] :] += each
+            self._counts[key] += x[0].numel()
+
+        return hook
 
     def means(self) -> dict[str, Tensor]:
         """Activity of each unit (width,) float64 on the CPU, by group."""

@@ -2,113 +2,25 @@
 
 A unit is a neuron of a linear layer or a channel of a convolution. Its group is everything that
 hangs on it: the layers that compute it (rows), the norms that pass it on (rows) and the layers
-that read it (columns; a block of H·W columns behind a flatten).
+that read it (columns; a block of H·W columns behind a flatten). Where a grouped convolution or a
+group norm mixes channels, a unit is as many channels as it mixes.
 """
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from clnp.errors import UnsupportedNetwork
-from clnp.layers import adapter_of, is_layer
+from clnp.layers import CONV, Adapter, adapter_of, is_layer
+from clnp.layout import Layout, Part, UnitGroup
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """How the network is called: ``forward(model, x)`` gives the logits (N, classes)."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A layer that reads a group's units, each through ``repeat`` neighbouring columns."""
-
-    layer: str
-    repeat: int
-
-
-@dataclass(frozen=True)
-class UnitGroup:
-    """Units that are kept, cut and moved together.
-
-    Attributes
-    ----------
-    name
-        The layer that computes them first.
-    width
-        Number of units.
-    writers
-        The layers that compute them (several if they are tied by a sum).
-    norms
-        The layers that pass them on one by one with parameters of their own.
-    readers
-        The layers that read them.
-    """
-
-    name: str
-    width: int
-    writers: tuple[str, ...]
-    norms: tuple[str, ...]
-    readers: tuple[Reader, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a network's units are grouped.
-
-    Attributes
-    ----------
-    groups
-        The hidden groups in forward order.
-    head
-        The layer whose units are the output.
-    order
-        All layers with parameters, the head included, in forward order.
-    """
-
-    groups: tuple[UnitGroup, ...]
-    head: str
-    order: tuple[str, ...]
-
-    @property
-    def writes(self) -> dict[str, str]:
-        """Layer -> the group whose units it computes or passes on (the head: none)."""
-        return {layer: g.name for g in self.groups for layer in (*g.writers, *g.norms)}
-
-    @property
-    def reads(self) -> dict[str, tuple[str | None, int]]:
-        """Layer with columns or norm -> (group that it reads, columns a unit); None: the input."""
-        found: dict[str, tuple[str | None, int]] = dict.fromkeys(self.order, (None, 1))
-        for group in self.groups:
-            found |= dict.fromkeys(group.norms, (group.name, 1))
-            found |= {reader.layer: (group.name, reader.repeat) for reader in group.readers}
-        return found
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The layers with a weight matrix (linear, convolution), the head included, in order."""
-        norms = {name for group in self.groups for name in group.norms}
-        return tuple(name for name in self.order if name not in norms)
-
-    @property
-    def last(self) -> UnitGroup:
-        """The last hidden group: the one that the head reads."""
-        return next(g for g in self.groups if any(r.layer == self.head for r in g.readers))
-
-    def core(self) -> tuple[tuple[UnitGroup, ...], tuple[str, ...]]:
-        """The layout without its head, to compare networks that differ in the head alone."""
-        groups = tuple(
-            UnitGroup(
-                g.name,
-                g.width,
-                g.writers,
-                g.norms,
-                tuple(r for r in g.readers if r.layer != self.head),
-            )
-            for g in self.groups
-        )
-        return groups, tuple(name for name in self.order if name != self.head)
 
 
 def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
@@ -139,15 +51,15 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
             "(batch, classes)"
         )
     adapters = {name: adapter_of(name, traced.get_submodule(name)) for name in order}
+    shared = tuple(name for name in order if adapters[name].shared)
+    for name in shared:
+        # torch-pruning takes their positions, or their one slope, for units.
+        traced.set_submodule(name, nn.ReLU())
     try:
         graph = tp.DependencyGraph().build_dependency(
             traced, example, forward_fn=forward, verbose=False
         )
-        found = [
-            _group(graph, traced, names, name, order)
-            for name in order
-            if adapters[name].has_columns
-        ]
+        roots = _roots(graph, traced, names, adapters)
     except UnsupportedNetwork:
         raise
     except Exception as error:  # whatever the tracer stumbles on, the user must know of
@@ -155,6 +67,7 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
             f"torch-pruning can't trace the model ({type(error).__name__}: {error}); CLNP needs a "
             "forward pass made of torch operations on tensors, without branches on their values"
         ) from error
+    found = [_group(tied, traced, order) for tied in _tied(roots)]
     heads = [group for group in found if not group.readers]
     if len(heads) != 1 or len(heads[0].writers) != 1:
         raise UnsupportedNetwork(
@@ -167,29 +80,26 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
             f"the units of the last layer {head.name!r} ({head.width}) aren't the model's outputs "
             f"({output.shape[1]}): a norm, a flatten or an operation that mixes units comes after"
         )
-    hidden = _distinct([group for group in found if group is not head])
+    hidden = tuple(group for group in found if group is not head)
     if not hidden:
         raise UnsupportedNetwork(
             f"the model has no hidden layer: {head.name!r} reads the input itself, and there are "
             "no units that tasks could share"
         )
-    read = [reader.layer for group in hidden for reader in group.readers]
-    twice = sorted({name for name in read if read.count(name) > 1})
-    if twice:
-        raise UnsupportedNetwork(
-            f"layer {twice[0]!r} reads several groups of units at once (a concatenation), which is "
-            "not supported yet"
-        )
-    if head.name not in read:
+    if not any(part.layer == head.name for group in hidden for part in group.readers):
         raise UnsupportedNetwork(f"the head {head.name!r} reads no hidden layer of the model")
-    grouped = {name for g in hidden for name in (*g.writers, *g.norms)} | {head.name}
+    grouped = {p.layer for g in hidden for p in (*g.writers, *g.norms)} | {head.name, *shared}
     loose = [name for name in order if name not in grouped]
     if loose:
         raise UnsupportedNetwork(
             f"layer {loose[0]!r} belongs to no group of units (a norm on the input, or a layer "
             "that torch-pruning loses); move it out of the model or remove it"
         )
-    return Layout(tuple(hidden), head.name, tuple(order))
+    weights = tuple(
+        name for name in order if adapters[name].has_columns or CONV.types == adapters[name].types
+    )
+    inputs = _inputs(hidden, traced)
+    return Layout(hidden, head.name, tuple(order), weights, inputs, shared)
 
 
 def _called_layers(
@@ -197,11 +107,12 @@ def _called_layers(
 ) -> tuple[list[str], Tensor]:
     """The layers with parameters in the order in which a forward pass calls them."""
     calls: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda m, _: calls.append(names[m]))
-        for module in model.modules()
-        if is_layer(module)
-    ]
+    handles = []
+    for module in model.modules():
+        if is_layer(module):
+            handles.append(module.register_forward_pre_hook(lambda m, _: calls.append(names[m])))
+        if isinstance(module, nn.LayerNorm):
+            handles.append(module.register_forward_pre_hook(_refuse_norm_over_units(names[module])))
     try:
         with torch.enable_grad():
             output = forward(model, example)
@@ -277,68 +188,196 @@ def _refuse_states(model: nn.Module, forward: Forward, example: Tensor) -> None:
             )
 
 
-def _group(
+def _refuse_norm_over_units(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that refuses a layer norm over all units, which makes each depend on the others."""
+
+    def check(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.LayerNorm)
+        if len(module.normalized_shape) >= inputs[0].dim() - 1:
+            raise UnsupportedNetwork(
+                f"layer {name!r} ({module}) normalises over all units of a layer, so that each "
+                "depends on those of later tasks; use a norm that treats units one by one or in "
+                "groups (batch, instance or group norm), or a layer norm over positions alone"
+            )
+
+    return check
+
+
+@dataclass
+class _Root:
+    """A layer with channels of its own, and what hangs on them, as torch-pruning sees it."""
+
+    name: str
+    channels: int
+    writers: list[str] = field(default_factory=list)
+    norms: list[tuple[str, int]] = field(default_factory=list)
+    """Name, and the first of its channels that are these."""
+    readers: list[tuple[str, int, int]] = field(default_factory=list)
+    """Name, first column, and columns a channel."""
+    mixers: list[str] = field(default_factory=list)
+    """Grouped convolutions that read these channels and compute others."""
+    mixed: list[tuple[str, int]] = field(default_factory=list)
+    """Who mixes neighbouring channels, and into how many groups these fall."""
+
+
+def _roots(
     graph: tp.DependencyGraph,
     model: nn.Module,
     names: dict[nn.Module, str],
-    writer: str,
-    order: list[str],
-) -> UnitGroup:
-    """The group of the units that a layer computes, as torch-pruning sees it."""
-    layer = model.get_submodule(writer)
-    width = layer._parameters["weight"].shape[0]  # type: ignore[union-attr]
-    prune = graph.get_pruner_of_module(layer).prune_out_channels
-    writers, norms, readers = {writer}, set(), set()
-    for item in graph.get_pruning_group(layer, prune, list(range(width))):
-        member = names.get(item.dep.target.module)
-        if member is None or member not in order:
-            continue  # an operation without parameters
-        adapter = adapter_of(member, model.get_submodule(member))
-        repeat, rest = divmod(len(item.idxs), width)
-        mapping = [unit for unit in range(width) for _ in range(repeat)]
-        if (
-            rest
-            or list(item.idxs) != list(range(len(item.idxs)))
-            or (list(item.root_idxs) != mapping)
-        ):
+    adapters: dict[str, Adapter],
+) -> list[_Root]:
+    """The channels of each layer that computes some; those of layers tied by a sum once."""
+    found: list[_Root] = []
+    for name, adapter in adapters.items():
+        if not (adapter.has_columns or _mixes(model.get_submodule(name))):
+            continue
+        root = _root(graph, model, names, adapters, name)
+        known = [other for other in found if name in other.writers]
+        if not known:
+            found.append(root)
+        elif sorted(known[0].writers) != sorted(root.writers):
             raise UnsupportedNetwork(
-                f"layer {member!r} reads the units of {writer!r} together with something else, or "
-                "in another order (a concatenation, a reshape); this is not supported yet"
+                f"torch-pruning sees two different groups of units that start at {name!r}"
             )
-        reads = graph.is_in_channel_pruning_fn(item.dep.handler)
-        if not adapter.has_columns:
-            if repeat != 1:
-                raise UnsupportedNetwork(
-                    f"layer {member!r} is a norm behind a flatten: it has {repeat} entries for "
-                    f"each unit of {writer!r}, which is not supported; put it before the flatten"
-                )
-            norms.add(member)
-        elif reads:
-            columns = model.get_submodule(member)._parameters["weight"].shape[1]  # type: ignore[union-attr]
-            if columns != width * repeat:
-                raise UnsupportedNetwork(
-                    f"layer {member!r} reads {columns} columns, but {writer!r} computes only "
-                    f"{width * repeat} of them (a concatenation); this is not supported yet"
-                )
-            readers.add(Reader(member, repeat))
-        else:
-            writers.add(member)
-    by_order = sorted(writers, key=order.index)
-    return UnitGroup(
-        by_order[0],
-        width,
-        tuple(by_order),
-        tuple(sorted(norms, key=order.index)),
-        tuple(sorted(readers, key=lambda r: order.index(r.layer))),
+    return found
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether a convolution computes each channel from several, but not from all."""
+    return isinstance(module, CONV.types) and not (
+        module.groups == 1 or module.groups == module.in_channels == module.out_channels
     )
 
 
-def _distinct(groups: list[UnitGroup]) -> list[UnitGroup]:
-    """Each group once: layers tied by a sum find the same one."""
-    found: dict[str, UnitGroup] = {}
-    for group in groups:
-        if found.setdefault(group.name, group) != group:
+def _root(
+    graph: tp.DependencyGraph,
+    model: nn.Module,
+    names: dict[nn.Module, str],
+    adapters: dict[str, Adapter],
+    name: str,
+) -> _Root:
+    layer = model.get_submodule(name)
+    channels = layer._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    prune = graph.get_pruner_of_module(layer).prune_out_channels
+    root = _Root(name, channels)
+    for item in graph.get_pruning_group(layer, prune, list(range(channels))):
+        member = names.get(item.dep.target.module)
+        if member is None or member not in adapters or adapters[member].shared:
+            continue  # an operation, or a layer, that has nothing for each unit
+        module, adapter = model.get_submodule(member), adapters[member]
+        repeat, rest = divmod(len(item.idxs), channels)
+        first = item.idxs[0] if item.idxs else 0
+        mapping = [channel for channel in range(channels) for _ in range(repeat)]
+        if (
+            rest
+            or list(item.idxs) != list(range(first, first + len(item.idxs)))
+            or list(item.root_idxs) != mapping
+        ):
             raise UnsupportedNetwork(
-                f"torch-pruning sees two different groups of units that start at {group.name!r}"
+                f"layer {member!r} reads the units of {name!r} in another order (a reshape, a "
+                "shuffle), which is not supported"
             )
-    return list(found.values())
+        reads = graph.is_in_channel_pruning_fn(item.dep.handler)
+        if adapter.has_columns and reads:
+            root.readers.append((member, first, repeat))
+        elif adapter.has_columns or (_mixes(module) and not reads):
+            root.writers.append(member)
+        elif repeat != 1:
+            raise UnsupportedNetwork(
+                f"layer {member!r} is a norm behind a flatten: it has {repeat} entries for "
+                f"each unit of {name!r}, which is not supported; put it before the flatten"
+            )
+        elif _mixes(module):
+            if channels != module.in_channels:
+                raise UnsupportedNetwork(
+                    f"layer {member!r} is a grouped convolution behind a concatenation, which is "
+                    "not supported; use groups=1, or a depthwise convolution"
+                )
+            root.mixers.append(member)
+            root.mixed.append((member, int(module.groups)))  # type: ignore[arg-type]
+        else:
+            root.norms.append((member, first))
+            if isinstance(module, nn.GroupNorm):
+                size = module.num_channels // module.num_groups
+                if first % size or channels % size:
+                    raise UnsupportedNetwork(
+                        f"layer {member!r} ({module}) normalises over units of several layers at "
+                        f"once: its groups of {size} channels don't end where those of {name!r} do"
+                    )
+                root.mixed.append((member, channels // size))
+    return root
+
+
+def _tied(roots: list[_Root]) -> list[list[_Root]]:
+    """Roots whose channels are the same units: a grouped convolution's two sides."""
+    tied: list[list[_Root]] = []
+    for root in roots:
+        mine = [
+            group
+            for group in tied
+            if any(
+                set(r.mixers) & set(root.writers) or set(root.mixers) & set(r.writers)
+                for r in group
+            )
+        ]
+        for group in mine:
+            tied.remove(group)
+        tied.append([*(r for group in mine for r in group), root])
+    return tied
+
+
+def _group(tied: list[_Root], model: nn.Module, order: list[str]) -> UnitGroup:
+    """The group of units of some roots: as many as can be told apart in all of them."""
+    mixed = [pair for root in tied for pair in root.mixed]
+    width = math.gcd(*(root.channels for root in tied), *(count for _, count in mixed))
+    if width == 1 and mixed and min(root.channels for root in tied) > 1:
+        mixer = model.get_submodule(mixed[0][0])
+        raise UnsupportedNetwork(
+            f"layer {mixed[0][0]!r} ({mixer}) mixes all units of {tied[0].name!r}, so that each "
+            "depends on those of later tasks; give it more groups"
+        )
+    writers, norms, readers = [], [], []
+    for root in tied:
+        block = root.channels // width
+        writers += [
+            Part(name, block) for name in root.writers if not _mixes(model.get_submodule(name))
+        ]
+        norms += [Part(name, block, first) for name, first in root.norms]
+        readers += [Part(name, block * repeat, first) for name, first, repeat in root.readers]
+        for name in root.mixers:
+            outputs = int(model.get_submodule(name).out_channels)  # type: ignore[arg-type]
+            norms.append(Part(name, outputs // width, reads=block))
+
+    def place(part: Part) -> tuple[int, int]:
+        return order.index(part.layer), part.first
+
+    by_order = [tuple(sorted(set(parts), key=place)) for parts in (writers, norms, readers)]
+    if not by_order[0]:
+        raise UnsupportedNetwork(
+            f"layer {tied[0].name!r} is a grouped convolution on the network's input, whose units "
+            "would be whole groups of it; use groups=1 there"
+        )
+    return UnitGroup(by_order[0][0].layer, width, *by_order)
+
+
+def _inputs(groups: tuple[UnitGroup, ...], model: nn.Module) -> tuple[Part, ...]:
+    """The columns beside units, which must be of the network's own input; checks the others."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for group in groups:
+        for part in group.readers:
+            stretch = (part.first, part.first + group.width * part.block)
+            found.setdefault(part.layer, []).append(stretch)
+    inputs: list[Part] = []
+    for layer, stretches in found.items():
+        columns = model.get_submodule(layer)._parameters["weight"].shape[1]  # type: ignore[union-attr]
+        end = 0
+        for first, last in [*sorted(stretches), (columns, columns)]:
+            if first < end:
+                raise UnsupportedNetwork(
+                    f"layer {layer!r} reads two groups of units through the same columns, as "
+                    "torch-pruning sees it; CLNP can't tell them apart"
+                )
+            if first > end:
+                inputs.append(Part(layer, first - end, end))
+            end = last
+    return tuple(inputs)

@@ -9,17 +9,20 @@ from torch import nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp.capacity import capacity_table, reused_units
+    from clnp.layout import Layout, Part, UnitGroup
     from clnp.partition import Partition
-    from clnp.units import Layout, Reader, UnitGroup
 
 LAYOUT = Layout(
     (
-        UnitGroup("a", 5, ("a",), (), (Reader("b", 1),)),
-        UnitGroup("b", 4, ("b",), (), (Reader("head", 1),)),
+        UnitGroup("a", 5, (Part("a"),), (), (Part("b", 1),)),
+        UnitGroup("b", 4, (Part("b"),), (), (Part("head", 1),)),
     ),
     "head",
     ("a", "b", "head"),
 )
+
+
+NOTHING = {"a": 0, "b": 0}
 
 
 def layers(b: list[list[float]], head: list[list[float]]) -> dict[str, nn.Module]:
@@ -51,8 +54,8 @@ def test_reused_by_hand() -> None:
         "b": torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64),
     }
 
-    def count(head_start: int, share: float) -> dict[str, int]:
-        return reused_units(modules, LAYOUT, before, after, head_start, activity, share)
+    def count(start: int, share: float) -> dict[str, int]:
+        return reused_units(modules, LAYOUT, before, after, {"a": 0, "b": start}, activity, share)
 
     # A single head reads nothing below its own slice; one of many reads all: 1, 0.001, 3.
     assert count(2, 0.01) == {"a": 1, "b": 0}
@@ -62,21 +65,21 @@ def test_reused_by_hand() -> None:
     assert count(0, 0.0074)["a"] == 2
     assert count(0, 0.25)["a"] == 0
     assert count(0, 0.0) == {"a": 2, "b": 2}
-    assert reused_units(modules, LAYOUT, before, after, 0, activity) == count(0, 0.01)
+    assert reused_units(modules, LAYOUT, before, after, NOTHING, activity) == count(0, 0.01)
 
 
 def test_a_task_without_new_rows_reuses_nothing_of_what_they_would_read() -> None:
     modules = layers(b=torch.ones(4, 5).tolist(), head=torch.ones(2, 4).tolist())
     ones = {"a": torch.ones(5), "b": torch.ones(4)}
     used = {"a": 3, "b": 2}
-    assert reused_units(modules, LAYOUT, used, used, 0, ones) == {"a": 0, "b": 2}
+    assert reused_units(modules, LAYOUT, used, used, NOTHING, ones) == {"a": 0, "b": 2}
 
 
 def test_the_first_task_reuses_nothing() -> None:
     modules = layers(b=torch.ones(4, 5).tolist(), head=torch.ones(2, 4).tolist())
     ones = {"a": torch.ones(5), "b": torch.ones(4)}
     before, after = {"a": 0, "b": 0}, {"a": 3, "b": 2}
-    assert reused_units(modules, LAYOUT, before, after, 0, ones) == {"a": 0, "b": 0}
+    assert reused_units(modules, LAYOUT, before, after, NOTHING, ones) == {"a": 0, "b": 0}
 
 
 @pytest.mark.parametrize("weight", ["b", "c"])
@@ -84,8 +87,8 @@ def test_what_several_readers_read_adds_up(weight: str) -> None:
     """Two readers, one behind a flatten: a unit's columns and readers are summed."""
     layout = Layout(
         (
-            UnitGroup("a", 3, ("a",), (), (Reader("b", 1), Reader("c", 4))),
-            UnitGroup("b", 2, ("b", "c"), (), (Reader("head", 1),)),
+            UnitGroup("a", 3, (Part("a"),), (), (Part("b", 1), Part("c", 4))),
+            UnitGroup("b", 2, (Part("b"), Part("c")), (), (Part("head", 1),)),
         ),
         "head",
         ("a", "b", "c", "head"),
@@ -109,7 +112,7 @@ def test_what_several_readers_read_adds_up(weight: str) -> None:
     before, after = {"a": 2, "b": 1}, {"a": 3, "b": 2}
 
     def count(share: float) -> int:
-        return reused_units(modules, layout, before, after, 0, ones, share)["a"]
+        return reused_units(modules, layout, before, after, NOTHING, ones, share)["a"]
 
     assert count(0.009) == 1
     assert count(0.011) == 0

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp import CapacityExhausted, UnsupportedNetwork
+    from clnp.layout import Layout, pieces, put, take
     from clnp.network import PartitionedNetwork
-    from clnp.units import Forward, Layout, find_layout
+    from clnp.units import Forward, find_layout
 
 
 class Residual(nn.Module):
@@ -62,12 +63,58 @@ def flat_head() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 7, 2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(63, 3))
 
 
+class Dense(nn.Module):
+    """Each layer reads what all before it compute, norms included, and so does the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.b, self.norm_b = nn.Conv2d(6, 7, 1), nn.BatchNorm2d(13, momentum=None)
+        self.c, self.norm_c = nn.Conv2d(13, 8, 1), nn.BatchNorm2d(21)
+        self.head = nn.Linear(21 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = torch.cat([a, self.b(F.relu(self.norm_a(a)))], 1)
+        c = torch.cat([b, self.c(F.relu(self.norm_b(b)))], 1)
+        return self.head(F.relu(self.norm_c(c)).flatten(1))  # type: ignore[no-any-return]
+
+
+class Grouped(nn.Module):
+    """Units are pairs of channels: of the group norm, and of the grouped convolution's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 14, 1), nn.GroupNorm(7, 14)
+        self.b = nn.Conv2d(14, 21, 3, padding=1, groups=7, padding_mode="reflect", bias=False)
+        self.depthwise = nn.Conv2d(21, 21, 3, padding=1, groups=21)
+        self.c, self.head = nn.Conv2d(21, 8, 1), nn.Linear(8 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.b(F.relu(self.norm(self.a(x)))))
+        h = F.gelu(self.c(F.relu(self.depthwise(h))))
+        return self.head(F.adaptive_max_pool2d(h, 2).flatten(1))  # type: ignore[no-any-return]
+
+
+def norms() -> nn.Module:
+    """Norms and activations that treat units alike, or have parameters for each."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.PReLU(6)),
+        *(nn.Conv2d(6, 7, 1), nn.InstanceNorm2d(7, track_running_stats=True), nn.PReLU()),
+        *(nn.Conv2d(7, 9, 1), nn.LayerNorm([2, 2]), nn.SiLU(), nn.Conv2d(9, 8, 2), nn.Flatten()),
+        nn.Linear(8, 3),
+    )
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "conv head": conv_head,
     "flat head": flat_head,
     "residual": Residual,
+    "dense": Dense,
+    "grouped": Grouped,
+    "norms": norms,
 }
 
 
@@ -119,11 +166,10 @@ def partitioned(
     torch.manual_seed(seed)
     model = NETS[name]()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            if module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 1.5)
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
@@ -136,10 +182,10 @@ def partitioned(
 
 def next_frontiers(network: PartitionedNetwork, random: Random) -> dict[str, int]:
     """Frontiers of a next task that leave free units; of the last group it takes one at least."""
-    last, found = network.layout.last.name, {}
+    ends, found = network.layout.ends, {}
     for name, width in network.partition.widths.items():
         now = network.partition.frontiers[name][-1]
-        least = max(1, now + (name == last))
+        least = max(1, now + (name in ends))
         found[name] = random.randint(least, max(least, min(width - 2, now + width // 3)))
     return found
 
@@ -161,19 +207,22 @@ def severed(network: PartitionedNetwork, task: int) -> nn.Module:
     model, layout = copy.deepcopy(network.model), network.layout
     used, head = network.partition.after(task), network.heads[task]
     with torch.no_grad():
-        for group in layout.groups:
-            for reader in group.readers:
-                own = head.layer if reader.layer == layout.head else reader.layer
-                weight = model.get_submodule(own).weight
+        for name in layout.weights:
+            columns = layout.columns[name]
+            if name == layout.head:
+                weight = model.get_submodule(head.layer).weight
                 assert isinstance(weight, Tensor)
-                if reader.layer == layout.head:
-                    start = head.start
-                    weight[:, : start * reader.repeat] = 0
-                    weight[:, used[group.name] * reader.repeat :] = 0
-                else:
-                    weight[
-                        : used[layout.writes[reader.layer]], used[group.name] * reader.repeat :
-                    ] = 0
+                own = layout.runs(columns, head.start, used)
+                kept = take(weight, own, 1).clone()
+                weight.zero_()
+                put(weight, own, kept, 1)
+            elif any(name == part.layer for group in layout.groups for part in group.readers):
+                weight = model.get_submodule(name).weight
+                assert isinstance(weight, Tensor)
+                nothing = dict.fromkeys(used, 0)
+                for rows in pieces(weight, layout.runs(layout.rows[name], nothing, used)):
+                    for free in pieces(rows, layout.runs(columns, used, layout.widths), 1):
+                        free.zero_()
     return model
 
 
@@ -196,9 +245,8 @@ def test_subnetworks_against_masked_networks(name: str, single_head: bool, seed:
     network = learnt(name, single_head, tasks=3, seed=seed)
     x = inputs(name)
     for task in range(3):
-        assert network.heads[task].start == (
-            network.partition.before(task)[network.layout.last.name] if single_head else 0
-        )
+        before = network.partition.before(task)
+        assert network.heads[task].start == (before if single_head else dict.fromkeys(before, 0))
         with torch.no_grad():
             expected = call_of(task)(severed(network, task).eval(), x)
         found = logits(network, task, x)
@@ -282,9 +330,9 @@ def test_training_against_a_masked_network(name: str, single_head: bool, seed: i
     """Logits, and the gradients of free rows, are those of the dense network severed by hand."""
     network, x = learnt(name, single_head, seed=seed), inputs(name)
     used = {group: f[-1] for group, f in network.partition.frontiers.items()}
-    last = network.layout.last.name
+    layout = network.layout
+    start = used if single_head else dict.fromkeys(used, 0)
     leaves = begin(network, x)
-    start = used[last] if single_head else 0
     dense = partitioned(name, single_head).model
     with torch.no_grad():
         # What the task in training sees: all units, older ones severed, its own head columns.
@@ -292,7 +340,11 @@ def test_training_against_a_masked_network(name: str, single_head: bool, seed: i
         dense.load_state_dict({**network.model.state_dict(), **full} | dense_buffers(network))
         head = dense.get_submodule(network.layout.head)
         assert isinstance(head.weight, Tensor)
-        head.weight[:, : start * (head.weight.shape[1] // network.layout.last.width)] = 0
+        nothing = dict.fromkeys(used, 0)
+        for older in pieces(
+            head.weight, layout.runs(layout.columns[layout.head], nothing, start), 1
+        ):
+            older.zero_()
     network.model.eval()
     dense.eval()
     y = torch.randint(0, 3, (len(x),))
@@ -311,9 +363,14 @@ def test_training_against_a_masked_network(name: str, single_head: bool, seed: i
             if key == "bias" and single_head:
                 assert leaf is None  # shared: the first task's, frozen
                 continue
-            reference = reference[:, -leaf.shape[1] :] if key == "weight" else reference
+            if key == "weight":
+                own = layout.runs(layout.columns[layout.head], start, layout.widths)
+                reference = take(reference, own, 1)
+        elif layer in layout.shared:
+            assert leaf is None  # trained by the first task, frozen
+            continue
         else:
-            reference = reference[used[network.layout.writes[layer]] :]
+            reference = take(reference, layout.runs(layout.rows[layer], used, layout.widths))
         assert leaf is not None
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, reference, rtol=1e-3, atol=1e-5)
@@ -325,22 +382,30 @@ def dense_buffers(network: PartitionedNetwork) -> dict[str, Tensor]:
 
 
 def test_batch_norm_in_training_moves_the_free_units_alone() -> None:
-    for name in ("cnn", "conv head", "residual"):
+    for name in ("cnn", "conv head", "residual", "dense", "norms"):
         network, x = learnt(name, single_head=True), inputs(name)
-        used = {group: f[-1] for group, f in network.partition.frontiers.items()}
+        layout, used = network.layout, network.frontier
+        nothing = dict.fromkeys(used, 0)
         network.begin_task(network.layout)
         kept = snapshot(network.model)
         network.model.train()
         with network.view(network.training_view):
             network.model(x)
         network.end_task()
-        for layer, group in network.layout.writes.items():
+        moved = 0
+        for layer, rows in layout.rows.items():
             for key in ("running_mean", "running_var"):
                 if f"{layer}.{key}" in kept:
                     before = kept[f"{layer}.{key}"]
                     now = network.model.state_dict()[f"{layer}.{key}"]
-                    assert torch.equal(now[: used[group]], before[: used[group]])
-                    assert (now[used[group] :] != before[used[group] :]).all()
+                    old, free = (
+                        layout.runs(rows, nothing, used),
+                        layout.runs(rows, used, layout.widths),
+                    )
+                    assert torch.equal(take(now, old), take(before, old))
+                    assert (take(now, free) != take(before, free)).all()
+                    moved += 1
+        assert moved > 0
 
 
 def test_batch_norm_statistics_are_those_of_torch() -> None:
@@ -541,7 +606,7 @@ def train(network: PartitionedNetwork, optimizer: str, x: Tensor, steps: int = 3
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("single_head", [True, False])
-@pytest.mark.parametrize("name", ["cnn", "conv head", "residual"])
+@pytest.mark.parametrize("name", ["cnn", "conv head", "residual", "dense", "grouped", "norms"])
 def test_optimizers_leave_frozen_entries_bitwise(
     name: str, single_head: bool, optimizer: str
 ) -> None:
@@ -563,13 +628,15 @@ def test_optimizers_leave_frozen_entries_bitwise(
             learns = layer == network.layout.head
             assert learns != torch.equal(parameter, kept[key])
         elif layer == network.layout.head:
-            free = slice(used[network.layout.last.name], None)
             if key.endswith("bias"):
                 continue
-            assert not torch.equal(parameter[:, free], kept[key][:, free])
+            free = network.layout.runs(network.layout.columns[layer], used, network.layout.widths)
+            assert not torch.equal(take(parameter, free, 1), take(kept[key], free, 1))
+        elif layer in network.layout.shared:
+            assert torch.equal(parameter, kept[key])
         else:
-            rows = used[network.layout.writes[layer]]
-            assert not torch.equal(parameter[rows:], kept[key][rows:])
+            free = network.layout.runs(network.layout.rows[layer], used, network.layout.widths)
+            assert not torch.equal(take(parameter, free), take(kept[key], free))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp.layers import reset
+    from clnp.layout import Layout, Part, UnitGroup
     from clnp.partition import Partition, derived_seed, permute, reinitialise, sever
-    from clnp.units import Layout, Reader, UnitGroup
 
 LAYOUT = Layout(
     (
-        UnitGroup("conv", 6, ("conv",), ("norm",), (Reader("fc", 4),)),
-        UnitGroup("fc", 5, ("fc",), (), (Reader("head", 1),)),
+        UnitGroup("conv", 6, (Part("conv"),), (Part("norm"),), (Part("fc", 4),)),
+        UnitGroup("fc", 5, (Part("fc"),), (), (Part("head", 1),)),
     ),
     "head",
     ("conv", "norm", "fc", "head"),

@@ -182,7 +182,7 @@ def assert_no_interference(plugin: CLNPPlugin) -> None:
                 if reader.layer != network.layout.head:
                     weight = network.modules[reader.layer].weight
                     rows = used[network.layout.writes[reader.layer]]
-                    assert not weight[:rows, used[group.name] * reader.repeat :].any()
+                    assert not weight[:rows, used[group.name] * reader.block :].any()
 
 
 def learn_and_watch(
@@ -637,7 +637,7 @@ def test_l1_is_a_subgradient_on_free_weights_alone() -> None:
                 )
             },
             UnsupportedNetwork,
-            r"layer '1' \(LayerNorm.*supported are Linear",
+            r"layer '1' .*LayerNorm.*normalises over all units",
         ),
         (
             lambda: {"model": nn.Sequential(nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 2))},

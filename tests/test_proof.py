@@ -14,8 +14,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp import UnsupportedNetwork
     from clnp import proof as proof_module
+    from clnp.layout import Layout, Part, UnitGroup
     from clnp.proof import prove
-    from clnp.units import Layout, Reader, UnitGroup, find_layout
+    from clnp.units import find_layout
 
 
 class Net(nn.Module):
@@ -56,12 +57,13 @@ def model() -> Net:
 def right(model: Net) -> Layout:
     return Layout(
         (
-            UnitGroup("a", 6, ("a",), ("norm",), (Reader("b", 1), Reader("c", 1))),
-            UnitGroup("b", 8, ("b", "c"), (), (Reader("d", 4),)),
-            UnitGroup("d", 9, ("d",), (), (Reader("head", 1),)),
+            UnitGroup("a", 6, (Part("a"),), (Part("norm"),), (Part("b", 1), Part("c", 1))),
+            UnitGroup("b", 8, (Part("b"), Part("c")), (), (Part("d", 4),)),
+            UnitGroup("d", 9, (Part("d"),), (), (Part("head", 1),)),
         ),
         "head",
         ("a", "norm", "b", "c", "d", "head"),
+        ("a", "b", "c", "d", "head"),
     )
 
 
@@ -74,15 +76,15 @@ def test_the_right_layout_is_found_and_proved(model: Net, right: Layout) -> None
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
-        ("a", {"readers": (Reader("b", 1),)}, "layer 'a' can't be reordered"),
-        ("a", {"readers": (Reader("c", 1),)}, "layer 'a' can't be reordered"),
+        ("a", {"readers": (Part("b", 1),)}, "layer 'a' can't be reordered"),
+        ("a", {"readers": (Part("c", 1),)}, "layer 'a' can't be reordered"),
         ("a", {"norms": ()}, "layer 'a' can't be reordered"),
-        ("b", {"writers": ("b",)}, "layer 'b' can't be reordered"),
+        ("b", {"writers": (Part("b"),)}, "layer 'b' can't be reordered"),
         ("b", {"readers": ()}, "layer 'b' can't be reordered"),
-        ("b", {"readers": (Reader("d", 1),)}, "layer 'd' has 32 columns.*take 8"),
-        ("b", {"readers": (Reader("d", 8),)}, "layer 'd' has 32 columns.*take 64"),
-        ("b", {"norms": ("norm",)}, "layer 'norm' has 6 units"),
-        ("a", {"width": 5}, "layer 'a' has 6 units"),
+        ("b", {"readers": (Part("d", 1),)}, "layer 'd' has 32 columns.*take 8"),
+        ("b", {"readers": (Part("d", 8),)}, "layer 'd' has 32 columns.*take 64"),
+        ("b", {"norms": (Part("norm"),)}, "layer 'norm' has 6 channels"),
+        ("a", {"width": 5}, "layer 'a' has 6 channels"),
     ],
 )
 @pytest.mark.parametrize("single_head", [True, False])

@@ -141,7 +141,7 @@ def test_learnt_tasks_stay_bitwise(
                 if reader.layer != layout.head:
                     rows = used[layout.writes[reader.layer]]
                     weight = network.modules[reader.layer].weight
-                    assert not weight[:rows, used[group.name] * reader.repeat :].any()
+                    assert not weight[:rows, used[group.name] * reader.block :].any()
         kept.append(network.subnetwork(task, forward)(x))
     assert network.partition.tasks == TASKS
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp import CLNPError
+    from clnp.layout import Layout, Part, UnitGroup
     from clnp.pruning import Activity, Cut, graceful_forgetting, ladder, sorting
-    from clnp.units import Layout, Reader, UnitGroup
 
 Counts = dict[str, int]
 
@@ -337,8 +337,8 @@ class Watched(nn.Module):
 
 LAYOUT = Layout(
     (
-        UnitGroup("a", 6, ("a",), (), (Reader("b", 1), Reader("c", 9))),
-        UnitGroup("b", 4, ("b", "c"), (), (Reader("head", 1),)),
+        UnitGroup("a", 6, (Part("a"),), (), (Part("b", 1), Part("c", 9))),
+        UnitGroup("b", 4, (Part("b"), Part("c")), (), (Part("head", 1),)),
     ),
     "head",
     ("a", "b", "c", "head"),
@@ -371,7 +371,7 @@ def test_a_reader_that_sees_more_sets_the_activity() -> None:
 
 
 def test_activity_of_units_in_the_last_dimension() -> None:
-    layout = Layout((UnitGroup("0", 4, ("0",), (), (Reader("1", 1),)),), "1", ("0", "1"))
+    layout = Layout((UnitGroup("0", 4, (Part("0"),), (), (Part("1", 1),)),), "1", ("0", "1"))
     model, activity = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), Activity(layout)
     x = torch.randn(5, 7, 3)
     with activity.measure(model, {"0": 0}), torch.no_grad():
@@ -382,7 +382,7 @@ def test_activity_of_units_in_the_last_dimension() -> None:
 
 def test_activity_of_a_part_of_the_units() -> None:
     """A single head's view computes the last layer from a frontier on."""
-    layout = Layout((UnitGroup("0", 6, ("0",), (), (Reader("1", 1),)),), "1", ("0", "1"))
+    layout = Layout((UnitGroup("0", 6, (Part("0"),), (), (Part("1", 1),)),), "1", ("0", "1"))
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     activity = Activity(layout)
     with activity.measure(model, {"0": 2}), torch.no_grad():

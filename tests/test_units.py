@@ -13,8 +13,9 @@ from torch.nn.utils.parametrizations import weight_norm
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp import UnsupportedNetwork
+    from clnp.layout import Layout, Part, Span
     from clnp.proof import prove
-    from clnp.units import Layout, find_layout
+    from clnp.units import find_layout
 
 IMAGES = (4, 3, 8, 8)
 VECTORS = (4, 12)
@@ -131,12 +132,88 @@ def supported() -> dict[str, tuple[nn.Module, tuple[int, ...], list[Any]]]:
             VECTORS,
             [("1", "", "3x1")],
         ),
+        "concatenation of two layers": (
+            Net(
+                lambda m, x: m.head(torch.cat([m.a(x), m.b(x)], 1)),
+                a=lin(12, 6),
+                b=lin(12, 4),
+                head=lin(10, 5),
+            ),
+            VECTORS,
+            [("a", "", "headx1"), ("b", "", "headx1+6")],
+        ),
+        "concatenation with the input behind it": (
+            Net(
+                lambda m, x: m.head(m.b(torch.cat([F.relu(m.a(x)), x], 1)).flatten(1)),
+                a=conv(3, 5),
+                b=conv(8, 6),
+                head=lin(6 * 64, 5),
+            ),
+            IMAGES,
+            [("a", "", "bx1"), ("b", "", "headx64")],
+        ),
+        "densely connected": (
+            Net(
+                lambda m, x: m.head(m.last(m.both(m.a(x), m)).mean((2, 3))),
+                a=conv(3, 5),
+                norm=nn.BatchNorm2d(5),
+                b=conv(5, 4),
+                last=nn.BatchNorm2d(9),
+                head=lin(9, 5),
+                both=Both(),
+            ),
+            IMAGES,
+            [("a", "norm last", "bx1 headx1"), ("b", "last+5", "headx1+5")],
+        ),
+        "grouped and depthwise convolutions": (
+            nn.Sequential(
+                *(conv(3, 6), conv(6, 9, groups=3), nn.ReLU(), conv(9, 9, groups=9)),
+                *(nn.AvgPool2d(4), nn.Flatten(), lin(9 * 4, 5)),
+            ),
+            IMAGES,
+            [("0x2", "1x3 3x3", "6x12")],
+        ),
+        "a depthwise convolution that widens": (
+            nn.Sequential(
+                *(conv(3, 6), conv(6, 12, groups=6), nn.ReLU(), nn.Flatten(), lin(12 * 64, 5)),
+            ),
+            IMAGES,
+            [("0", "1x2", "4x128")],
+        ),
+        "group norm": (
+            nn.Sequential(
+                *(conv(3, 6), nn.GroupNorm(2, 6), nn.ReLU()),
+                *(conv(6, 8), nn.GroupNorm(4, 8, affine=False), nn.Flatten(), lin(8 * 64, 5)),
+            ),
+            IMAGES,
+            [("0x3", "1x3", "3x3"), ("3x2", "4x2", "6x128")],
+        ),
+        "instance norms and slopes": (
+            nn.Sequential(
+                *(conv(3, 6), nn.InstanceNorm2d(6), nn.PReLU(6), conv(6, 4)),
+                *(nn.InstanceNorm2d(4, affine=True), nn.PReLU(), nn.Flatten(), lin(4 * 64, 5)),
+            ),
+            IMAGES,
+            [("0", "1 2", "3x1"), ("3", "4", "7x64")],
+        ),
+        "layer norm over positions": (
+            nn.Sequential(
+                conv(3, 6), nn.LayerNorm([8, 8]), nn.GELU(), nn.Flatten(), lin(6 * 64, 5)
+            ),
+            IMAGES,
+            [("0", "", "4x64")],
+        ),
         "one unit a layer": (
             nn.Sequential(lin(12, 1), nn.Tanh(), lin(1, 1), nn.Tanh(), lin(1, 5)),
             VECTORS,
             [("0", "", "2x1"), ("2", "", "4x1")],
         ),
     }
+
+
+class Both(nn.Module):
+    def forward(self, a: Tensor, m: Any) -> Tensor:
+        return torch.cat([a, m.b(F.relu(m.norm(a)))], 1)
 
 
 class Centre(nn.Module):
@@ -199,17 +276,7 @@ def refused() -> dict[str, tuple[nn.Module, tuple[int, ...], str]]:
                 head=lin(6 * 64, 5),
             ),
             IMAGES,
-            "layer 'b' reads 8 columns.*concatenation",
-        ),
-        "concatenation of two layers": (
-            Net(
-                lambda m, x: m.head(torch.cat([m.a(x), m.b(x)], 1)),
-                a=lin(12, 6),
-                b=lin(12, 4),
-                head=lin(10, 5),
-            ),
-            VECTORS,
-            "layer 'head' reads.*concatenation",
+            "layer 'a' can't be reordered",
         ),
         "concatenation of a layer with itself": (
             Net(
@@ -218,29 +285,7 @@ def refused() -> dict[str, tuple[nn.Module, tuple[int, ...], str]]:
                 head=lin(12, 5),
             ),
             VECTORS,
-            "'head'",
-        ),
-        "groups=2": (
-            nn.Sequential(conv(3, 6), conv(6, 6, groups=2), nn.Flatten(), lin(6 * 64, 5)),
-            IMAGES,
-            "layer '1'.*groups=2",
-        ),
-        "depthwise": (
-            nn.Sequential(conv(3, 6), conv(6, 6, groups=6), nn.Flatten(), lin(6 * 64, 5)),
-            IMAGES,
-            "layer '1'.*groups=6",
-        ),
-        "group norm": (
-            nn.Sequential(conv(3, 6), nn.GroupNorm(2, 6), nn.Flatten(), lin(6 * 64, 5)),
-            IMAGES,
-            "layer '1'.*GroupNorm.*supported are Linear",
-        ),
-        "group norm without affine": (
-            nn.Sequential(
-                conv(3, 6), nn.GroupNorm(2, 6, affine=False), nn.Flatten(), lin(6 * 64, 5)
-            ),
-            IMAGES,
-            "layer '0'",
+            "layer 'a' can't be reordered",
         ),
         "layer norm": (
             nn.Sequential(lin(12, 6), nn.LayerNorm(6), lin(6, 5)),
@@ -250,7 +295,62 @@ def refused() -> dict[str, tuple[nn.Module, tuple[int, ...], str]]:
         "layer norm without affine": (
             nn.Sequential(lin(12, 6), nn.LayerNorm(6, elementwise_affine=False), lin(6, 5)),
             VECTORS,
-            "layer '0'",
+            "layer '1'.*normalises over all units",
+        ),
+        "layer norm over an image": (
+            nn.Sequential(conv(3, 6), nn.LayerNorm([6, 8, 8]), nn.Flatten(), lin(6 * 64, 5)),
+            IMAGES,
+            "layer '1'.*normalises over all units",
+        ),
+        "group norm of one group": (
+            nn.Sequential(conv(3, 6), nn.GroupNorm(1, 6), nn.Flatten(), lin(6 * 64, 5)),
+            IMAGES,
+            "layer '1'.*mixes all units of '0'.*more groups",
+        ),
+        "group norms without a common unit": (
+            nn.Sequential(
+                *(conv(3, 6), nn.GroupNorm(2, 6), nn.ReLU(), nn.GroupNorm(3, 6)),
+                *(nn.Flatten(), lin(6 * 64, 5)),
+            ),
+            IMAGES,
+            "layer '1'.*mixes all units of '0'",
+        ),
+        "group norm across a concatenation": (
+            Net(
+                lambda m, x: m.head(m.norm(torch.cat([m.a(x), m.b(x)], 1)).flatten(1)),
+                a=conv(3, 3),
+                b=conv(3, 5),
+                norm=nn.GroupNorm(4, 8),
+                head=lin(8 * 64, 5),
+            ),
+            IMAGES,
+            "layer 'norm'.*units of several layers",
+        ),
+        "grouped convolution of the input": (
+            nn.Sequential(conv(3, 6, groups=3), nn.ReLU(), nn.Flatten(), lin(6 * 64, 5)),
+            IMAGES,
+            "layer '0' is a grouped convolution on the network's input",
+        ),
+        "grouped convolution of a concatenation": (
+            Net(
+                lambda m, x: m.head(m.c(torch.cat([m.a(x), m.b(x)], 1)).flatten(1)),
+                a=conv(3, 4),
+                b=conv(3, 4),
+                c=conv(8, 16, groups=4),
+                head=lin(16 * 64, 5),
+            ),
+            IMAGES,
+            "layer 'c' is a grouped convolution behind a concatenation",
+        ),
+        "channels shuffled": (
+            Net(
+                lambda m, x: m.head(F.channel_shuffle(m.b(m.a(x)), 2).flatten(1)),
+                a=conv(3, 6),
+                b=conv(6, 6, groups=2),
+                head=lin(6 * 64, 5),
+            ),
+            IMAGES,
+            "layer 'a' can't be reordered",
         ),
         "softmax between layers": (
             nn.Sequential(
@@ -386,11 +486,6 @@ def refused() -> dict[str, tuple[nn.Module, tuple[int, ...], str]]:
             IMAGES,
             "layer '1'.*ConvTranspose2d",
         ),
-        "parametric activation": (
-            nn.Sequential(lin(12, 6), nn.PReLU(), lin(6, 5)),
-            VECTORS,
-            "layer '1'.*PReLU",
-        ),
         "a layer that the tracer loses": (
             Net(lambda m, x: m.b(m.a(x).detach()), a=lin(12, 6), b=lin(6, 5)),
             VECTORS,
@@ -409,6 +504,12 @@ def layout_of(model: nn.Module, shape: tuple[int, ...], single_head: bool = True
     return layout
 
 
+def shown(part: Part, usual: int) -> str:
+    """A part in short: its layer, channels a unit, and the first of them."""
+    block = "" if part.block == usual else f"x{part.block}"
+    return f"{part.layer}{block}" + (f"+{part.first}" if part.first else "")
+
+
 @pytest.mark.parametrize("single_head", [True, False])
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported(name: str, single_head: bool) -> None:
@@ -417,16 +518,17 @@ def test_supported(name: str, single_head: bool) -> None:
     layout = layout_of(model, shape, single_head)
     found = [
         (
-            " ".join(group.writers),
-            " ".join(group.norms),
-            " ".join(f"{reader.layer}x{reader.repeat}" for reader in group.readers),
+            " ".join(shown(part, 1) for part in group.writers),
+            " ".join(shown(part, 1) for part in group.norms),
+            " ".join(shown(part, 0) for part in group.readers),
         )
         for group in layout.groups
     ]
     assert found == expected
-    assert [group.width for group in layout.groups] == [
-        model.get_submodule(group.name).weight.shape[0] for group in layout.groups
-    ]
+    for group in layout.groups:
+        for part in group.writers:
+            weight = model.get_submodule(part.layer).weight
+            assert group.width * part.block == weight.shape[0]  # type: ignore[union-attr, index]
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, values[key])
     assert model.training
@@ -471,13 +573,13 @@ def test_layout() -> None:
     assert layout.head == "12"
     assert layout.last.name == "9"
     assert layout.writes == {"0": "0", "1": "0", "5": "5", "9": "9", "10": "9"}
-    assert layout.reads == {
-        "0": (None, 1),
-        "1": ("0", 1),
-        "5": ("0", 1),
-        "9": ("5", 4),
-        "10": ("9", 1),
-        "12": ("9", 1),
+    assert layout.columns == {
+        "0": (),
+        "1": (Span("0", 6, 1),),
+        "5": (Span("0", 6, 1),),
+        "9": (Span("5", 8, 4),),
+        "10": (Span("9", 10, 1),),
+        "12": (Span("9", 10, 1),),
     }
 
 
