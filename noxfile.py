@@ -58,6 +58,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def peer(session: nox.Session) -> None:
+    """Run Avalanche's own tests against the plugin (options go to pytest)."""
+    run_module(session, "pytest", "-m", "peer", *session.posargs)
+
+
+@nox.session
 def speed(session: nox.Session) -> None:
     """Print what an epoch and a step cost against a bare training loop."""
     run_module(session, "benchmarks", "speed", *session.posargs)

@@ -324,12 +324,8 @@ class CLNPPlugin(SupervisedPlugin):
         layout = find_layout(model, forward, self._example(strategy))
         self._check_head(model, layout, strategy.experience)
         alphas, self._task_margin = self._alphas(layout), self._margin(len(self._names))
+        self._refuse_other_model(model)
         if self._network is None or self._network.model is not model:
-            if self._names:
-                raise Incompatible(
-                    "the strategy's model isn't the one that this plugin has learnt tasks in; "
-                    "use a plugin of its own for each model"
-                )
             self._network = self._build(model, layout, forward, self._example(strategy))
         network = self._network
         self._checksum = network.checksum()
@@ -422,6 +418,10 @@ class CLNPPlugin(SupervisedPlugin):
         )
 
     # -- evaluation ------------------------------------------------------------------------------
+
+    def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse a model on which the sub-networks would have no effect."""
+        self._refuse_other_model(strategy.model)
 
     def before_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Run the batch on the sub-network of its experience's task."""
@@ -567,6 +567,15 @@ class CLNPPlugin(SupervisedPlugin):
         if isinstance(strategy.dataloader, ReplayDataLoader):
             raise Incompatible(
                 "the batches hold replayed data of old tasks; CLNP needs none: use Naive"
+            )
+
+    def _refuse_other_model(self, model: nn.Module) -> None:
+        """Refuse any model but the one whose units the learnt tasks use."""
+        if self._names and self.network.model is not model:
+            raise Incompatible(
+                "the strategy's model isn't the one that this plugin has learnt tasks in; use a "
+                "plugin of its own for each model, or, to go on in a copy of the model, "
+                "plugin.load_state_dict(plugin.state_dict(), copy)"
             )
 
     def _name(self, experience: Any) -> Hashable:

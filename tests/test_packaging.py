@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SESSIONS = {
-    *("env", "lint", "typecheck", "tests", "slow"),
+    *("env", "lint", "typecheck", "tests", "slow", "peer"),
     *("speed", "quickstart", "pmnist", "prepare", "report"),
 }
 

@@ -519,6 +519,21 @@ def test_state_restores_in_a_fresh_model_and_goes_on_bit_by_bit() -> None:
         CLNPPlugin().load_state_dict(state, conv_head())
 
 
+def test_another_model_is_refused_in_evaluation_too() -> None:
+    """It would run whole, with no sub-network, and give wrong accuracies without a word."""
+    bench = benchmark(tasks=1)
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    trainer = strategy(mlp(), plugin, metrics=(accuracy_metrics(stream=True),))
+    trainer.eval(bench.test_stream)
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    learnt = trainer.eval(bench.test_stream)
+    trainer.model = copy.deepcopy(trainer.model)
+    with pytest.raises(Incompatible, match="isn't the one that this plugin has learnt tasks in"):
+        trainer.eval(bench.test_stream)
+    plugin.load_state_dict(plugin.state_dict(), trainer.model)
+    assert trainer.eval(bench.test_stream) == learnt
+
+
 def test_early_stopping_beside_it() -> None:
     bench = benchmark(tasks=2)
     plugin = CLNPPlugin(margin=0.1, l1=1e-3)
