@@ -65,7 +65,7 @@ def peer(session: nox.Session) -> None:
 
 @nox.session
 def speed(session: nox.Session) -> None:
-    """Print what an epoch and a step cost against a bare training loop."""
+    """Print what epochs, steps, scoring and memory cost against plain training, with bounds."""
     run_module(session, "benchmarks", "speed", *session.posargs)
 
 

@@ -23,6 +23,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from benchmarks import records
 from benchmarks.experiment import Experiment, canonical, changed, derive, digest
 from benchmarks.methods import Learner, Method, Settings, Setup
+from benchmarks.precision import bf16_kernels
 from clnp import LogitDrift
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "hardware": hardware,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "bf16": bf16_kernels(device),
     }
 
 

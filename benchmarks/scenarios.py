@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, default_collate
 
 from benchmarks.data import Images
 from benchmarks.errors import UserError
+from benchmarks.precision import bf16
 
 Precision = Literal["fp32", "bf16"]
 
@@ -209,8 +210,9 @@ class ResidentData(SupervisedTemplate):
         Seed of the order of the training data. The order of an experience depends on this and the
         experience's index alone, whatever ran before.
     precision
-        "fp32", or "bf16": the forward pass runs under autocast to bfloat16 and gives float32
-        logits; parameters, gradients and the loss stay float32.
+        "fp32", or "bf16": the forward pass runs under autocast to bfloat16 (see
+        `benchmarks.precision`) and gives float32 logits; parameters, gradients and the loss stay
+        float32.
     **kwargs
         All else goes to the strategy.
 
@@ -250,7 +252,7 @@ class ResidentData(SupervisedTemplate):
         """Compute the model's output for the current batch, float32 at either precision."""
         if self.precision == "fp32":
             return super().forward()
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with bf16(self.device):
             return super().forward().float()
 
     def _order_generator(self) -> torch.Generator:

@@ -1,19 +1,21 @@
 """What our training costs against a bare loop, as ratios measured side by side in one run.
 
 Absolute times drift on shared machines, so that the two sides of each ratio take turns (epoch by
-epoch, step by step) and the median of the pairwise ratios is printed.
+epoch, step by step) and the median of the pairwise ratios is printed. Memory needs no turns.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,11 @@ from torch import Tensor, nn
 from benchmarks.cell import Monitor
 from benchmarks.data import Images
 from benchmarks.experiment import Experiment
-from benchmarks.methods import METHODS, CLNPSettings, Setup
-from benchmarks.models import mlp
+from benchmarks.memory import peak_bytes
+from benchmarks.methods import METHODS, Setup
+from benchmarks.models import mlp, resnet18
 from benchmarks.pmnist import PermutedMNIST
+from benchmarks.precision import bf16, bf16_kernels
 from benchmarks.process import tune
 from benchmarks.scenarios import ResidentLoader, resident_view
 from benchmarks.tracking import Tracker, View
@@ -35,11 +39,19 @@ from clnp.network import PartitionedNetwork
 from clnp.sparsity import L1
 from clnp.units import find_layout
 
+ALPHA = 1e-5
+"""L1 of each layer; its size doesn't change the work."""
 WARM_UP = 1
 """Epochs or rounds that are measured but don't count."""
 
 
-def made_images(count: int = 60_000) -> Images:
+COUNT = 12_000
+"""Training images, a fifth of MNIST's: short epochs, so that many rounds fit into the time."""
+VALIDATION = 2_000
+"""Of them held out: the same share as in the paper's 10,000 of 60,000."""
+
+
+def made_images(count: int = COUNT) -> Images:
     """Images of MNIST's shape, most of whose labels can be learnt; no data set is needed.
 
     A tenth of the labels is random: where the loss vanishes, gradients become denormal numbers,
@@ -77,13 +89,13 @@ def bare_epoch(model: nn.Module, loader: ResidentLoader, precision: str) -> Call
         Gives the seconds that the epoch took.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=0.002, fused=True)
-    device = next(model.parameters()).device.type
+    device = next(model.parameters()).device
 
     def epoch() -> float:
         began = time.perf_counter()
         for x, y, _ in loader:
             optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            with bf16(device) if precision == "bf16" else nullcontext():
                 logits = model(x)
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
@@ -160,6 +172,12 @@ def epoch_ratios(
     return turns.ratios()
 
 
+def plain_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
+    """Build a plain training step in bf16 with fused Adam; calling it gives its seconds."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.002, fused=True)
+    return _step(lambda: model(x), y, optimizer, lambda: None)
+
+
 def step_of(
     network: PartitionedNetwork, alphas: dict[str, float], x: Tensor, y: Tensor
 ) -> Callable[[], float]:
@@ -168,41 +186,159 @@ def step_of(
     optimizer = torch.optim.Adam(leaves, lr=0.002, fused=True)
     penalty = L1(network.leaves(), alphas)
 
+    def forward() -> Tensor:
+        with network.view(network.training_view):
+            logits: Tensor = network.model(x)
+        return logits
+
+    return _step(forward, y, optimizer, penalty.add_to_gradients)
+
+
+def _step(
+    forward: Callable[[], Tensor],
+    y: Tensor,
+    optimizer: torch.optim.Optimizer,
+    before_update: Callable[[], None],
+) -> Callable[[], float]:
     def step() -> float:
         began = time.perf_counter()
         optimizer.zero_grad()
-        with (
-            network.view(network.training_view),
-            torch.autocast(x.device.type, torch.bfloat16),
-        ):
-            logits = network.model(x)
+        with bf16(y.device):
+            logits = forward()
         F.cross_entropy(logits.float(), y).backward()
-        penalty.add_to_gradients()
+        before_update()
         optimizer.step()
-        if x.device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait(y.device)
         return time.perf_counter() - began
 
     return step
 
 
-def frozen_ratio(device: torch.device, hidden: tuple[int, int] = (2000, 2000)) -> float:
-    """Measure a training step with half of each layer frozen against that on the empty network."""
-    settings: CLNPSettings = METHODS["clnp"].settings["pmnist"]
-    x, y = torch.rand(256, 784, device=device), torch.arange(256, device=device) % 10
-    steps = []
-    for frozen in (True, False):
-        torch.manual_seed(0)
-        model = mlp(784, hidden, 10).to(device)
-        layout = find_layout(model, lambda m, batch: m(batch), x[:8])
-        network = PartitionedNetwork(model, layout, single_head=True)
-        if frozen:
-            network.learn({group.name: group.width // 2 for group in layout.groups})
-        alphas = dict(zip(layout.weights, settings.l1, strict=True))
-        steps.append(step_of(network, alphas, x, y))
-    half, empty = steps
-    pairs = [(half(), empty()) for _ in range(45)]
-    return statistics.median([ours / other for ours, other in pairs[5:]])
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ratio(one: Callable[[], float], other: Callable[[], float], rounds: int) -> float:
+    """Let two measurements take turns and return the median of their ratios.
+
+    The first rounds, a tenth of them, don't count.
+    """
+    pairs = [(one(), other()) for _ in range(rounds)]
+    return statistics.median([first / second for first, second in pairs[-(-rounds // 10) :]])
+
+
+def partitioned(model: nn.Module, x: Tensor, frozen: bool) -> PartitionedNetwork:
+    """Divide a network in which nothing is learnt yet, or half of each group of units."""
+    layout = find_layout(model, lambda m, batch: m(batch), x)
+    network = PartitionedNetwork(model, layout, single_head=True)
+    if frozen:
+        network.learn({group.name: group.width // 2 for group in layout.groups})
+    return network
+
+
+def frozen_ratio(make: Callable[[], nn.Module], x: Tensor, y: Tensor, rounds: int) -> float:
+    """Measure a training step with half of each group frozen against that on the empty network.
+
+    Parameters
+    ----------
+    make
+        Builds the network.
+    x, y
+        The batch.
+    rounds
+        Pairs of steps to measure.
+    """
+    half, empty = (
+        step_of(network, dict.fromkeys(network.layout.weights, ALPHA), x, y)
+        for network in (partitioned(make().to(x.device), x[:8], frozen) for frozen in (True, False))
+    )
+    return median_ratio(half, empty, rounds)
+
+
+def scoring_ratio(
+    make: Callable[[], nn.Module], used: dict[str, int], x: Tensor, rounds: int = 60
+) -> float:
+    """Measure how many times faster a task's sub-network scores a batch than the whole network.
+
+    Parameters
+    ----------
+    make
+        Builds the network.
+    used
+        The units that the task uses, by group.
+    x
+        The batch.
+    rounds
+        Pairs of forward passes to measure.
+    """
+    model = make().to(x.device).eval()
+    network = partitioned(model, x[:8], frozen=False)
+    network.learn(used)
+    task = network.subnetwork(0, lambda m, batch: m(batch))
+
+    def timed(module: nn.Module) -> Callable[[], float]:
+        def score() -> float:
+            began = time.perf_counter()
+            with torch.no_grad(), bf16(x.device):
+                module(x)
+            _wait(x.device)
+            return time.perf_counter() - began
+
+        return score
+
+    return median_ratio(timed(model), timed(task), rounds)
+
+
+def memory_ratio(make: Callable[[], nn.Module], x: Tensor, y: Tensor, frozen: bool) -> float:
+    """Compare the peak of memory in training a task with that in plain training of the network.
+
+    Parameters
+    ----------
+    make
+        Builds the network.
+    x, y
+        The batch.
+    frozen
+        Whether half of each group of units is frozen.
+    """
+
+    def plain() -> None:
+        step = plain_step(make().to(x.device), x, y)
+        for _ in range(2):  # the first one makes the optimizer's state
+            step()
+
+    def ours() -> None:
+        network = partitioned(make().to(x.device), x[:8], frozen)
+        gc.collect()  # find_layout's copy of the network is garbage in a cycle
+        step = step_of(network, dict.fromkeys(network.layout.weights, ALPHA), x, y)
+        for _ in range(2):
+            step()
+
+    return peak_bytes(ours, x.device) / peak_bytes(plain, x.device)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured ratio and its bound, if it has one."""
+
+    name: str
+    ratio: float
+    bound: float | None = None
+    kind: Literal["at most", "below", "at least"] = "at most"
+
+    def __str__(self) -> str:
+        """Write the ratio beside its bound, and whether it is kept."""
+        limit = ""
+        if self.bound is not None:
+            kept = {
+                "at most": self.ratio <= self.bound,
+                "below": self.ratio < self.bound,
+                "at least": self.ratio >= self.bound,
+            }[self.kind]
+            verdict = "ok" if kept else "BELOW" if self.kind == "at least" else "ABOVE"
+            limit = f"   ({self.kind} {self.bound:.2f}: {verdict})"
+        return f"{self.name:56s} {self.ratio:6.2f}{limit}"
 
 
 def main() -> None:
@@ -212,21 +348,32 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = made_images()
     images = replace(images, train_x=images.train_x.to(device), train_y=images.train_y.to(device))
-    threads = torch.get_num_threads()
-    print(f"{device.type}, {threads} threads; median of ratios measured in turns; bf16, batch 256")
-    wide = PermutedMNIST(tasks=1, epochs=6, method_epochs=False)
-    narrow = PermutedMNIST(tasks=1, epochs=12, method_epochs=False, hidden=(8, 8))
-    wide_plain, wide_tuned = epoch_ratios(wide, images, device)
-    narrow_plain, narrow_tuned = epoch_ratios(narrow, images, device)
-    rows = (
-        ("epoch, 784-2000-2000-10, CLNP's cell / bare loop", wide_tuned, 1.10),
-        ("  the bare loop without the cell's process settings", wide_plain, None),
-        ("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5),
-        ("  the bare loop without the cell's process settings", narrow_plain, None),
-        ("step, half of each layer frozen / empty network", frozen_ratio(device), 0.7),
+    print(
+        f"{device.type}, {torch.get_num_threads()} threads; medians of ratios measured in turns; "
+        f"bf16 ({bf16_kernels(device)}), batch 256 (ResNet-18: 32; scoring: 1000)"
     )
-    for name, ratio, bound in rows:
-        limit = ""
-        if bound is not None:
-            limit = f"   (at most {bound:.2f}: {'ok' if ratio <= bound else 'ABOVE'})"
-        print(f"{name:52s} {ratio:5.2f}{limit}")
+    wide = PermutedMNIST(tasks=1, epochs=10, method_epochs=False, validation=VALIDATION)
+    wide_plain, wide_tuned = epoch_ratios(wide, images, device)
+    print(Row("epoch, 784-2000-2000-10, CLNP's cell / bare loop", wide_tuned, 1.10))
+    print(Row("  the bare loop without the cell's process settings", wide_plain))
+    narrow = replace(wide, epochs=20, hidden=(8, 8))
+    narrow_plain, narrow_tuned = epoch_ratios(narrow, images, device)
+    print(Row("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5))
+    print(Row("  the bare loop without the cell's process settings", narrow_plain))
+
+    def network() -> nn.Module:
+        return mlp(784, (2000, 2000), 10)
+
+    x, y = torch.rand(256, 784, device=device), torch.arange(256, device=device) % 10
+    ratio = frozen_ratio(network, x, y, rounds=45)
+    print(Row("step, half of each layer frozen / empty network", ratio, 0.7))
+    pictures, labels = torch.rand(32, 3, 32, 32, device=device), y[:32]
+    ratio = frozen_ratio(lambda: resnet18(10), pictures, labels, rounds=11)
+    print(Row("step, ResNet-18, half of each group frozen / empty", ratio, 0.75))
+    used = {"fc1": 300, "fc2": 120}  # 15 % and 6 %
+    ratio = scoring_ratio(network, used, torch.rand(1000, 784, device=device))
+    print(Row("scoring, whole network / task of 15 % and 6 %", ratio, 5.0, "at least"))
+    ratio = memory_ratio(network, x, y, frozen=False)
+    print(Row("peak memory in training, empty network / plain training", ratio, 1.1))
+    ratio = memory_ratio(network, x, y, frozen=True)
+    print(Row("peak memory in training, half frozen / plain training", ratio, 1.0, "below"))

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-CACHED = 2**18
-"""Entries of a part that a CPU handles at once: its signs don't leave the cache."""
+CPU_PART, GPU_PART = 2**18, 2**20
+"""Entries handled at once: on a CPU their signs stay in the cache; on a GPU they take 4 MB."""
 
 
 class L1:
@@ -21,14 +21,26 @@ class L1:
     """
 
     def __init__(self, leaves: Mapping[str, nn.Parameter], alphas: Mapping[str, float]) -> None:
-        self._terms: list[tuple[nn.Parameter, float, Tensor]] = []
+        parts: list[tuple[nn.Parameter, float, Tensor]] = []
         for layer, leaf in leaves.items():
             if alphas[layer] > 0 and leaf.requires_grad:
-                rows = len(leaf)
-                if leaf.device.type == "cpu":
-                    rows = min(rows, max(1, CACHED // max(1, leaf[0].numel())))
-                # The signs get a buffer of their own: allocating it each step costs as much again.
-                self._terms.append((leaf, alphas[layer], torch.empty_like(leaf[:rows])))
+                entries = CPU_PART if leaf.device.type == "cpu" else GPU_PART
+                rows = min(len(leaf), max(1, entries // max(1, leaf[0].numel())))
+                parts.append((leaf, alphas[layer], torch.empty_like(leaf[:rows], device="meta")))
+        # The layers share one buffer for signs: allocating it each step costs as much again as the
+        # signs themselves, and one for each layer is memory that plain training doesn't need.
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        for leaf, _, part in parts:
+            kind = leaf.device, leaf.dtype
+            sizes[kind] = max(sizes.get(kind, 0), part.numel())
+        buffers = {
+            (device, dtype): torch.empty(size, device=device, dtype=dtype)
+            for (device, dtype), size in sizes.items()
+        }
+        self._terms = [
+            (leaf, alpha, buffers[leaf.device, leaf.dtype].as_strided(part.shape, part.stride()))
+            for leaf, alpha, part in parts
+        ]
 
     @torch.no_grad()
     def add_to_gradients(self) -> None:

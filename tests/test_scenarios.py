@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.data import Images
 from benchmarks.errors import UserError
-from benchmarks.models import mlp
+from benchmarks.models import mlp, resnet18
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
@@ -492,3 +492,19 @@ def test_the_mlp_names_its_layers():
     assert linear == {"fc1": (6, PIXELS), "fc2": (7, 6), "head": (CLASSES, 7)}
     assert model(torch.zeros(2, PIXELS)).shape == (2, CLASSES)
     assert isinstance(model[1], nn.ReLU)
+
+
+def test_resnet18_keeps_the_resolution_of_small_images():
+    model = resnet18(7)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name in ("conv1", "maxpool", "layer1", "layer4"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _layer, _x, y, name=name: sizes.update({name: tuple(y.shape)})
+        )
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert sizes == {
+        "conv1": (2, 64, 32, 32),
+        "maxpool": (2, 64, 32, 32),
+        "layer1": (2, 64, 32, 32),
+        "layer4": (2, 512, 4, 4),
+    }

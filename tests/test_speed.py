@@ -1,0 +1,49 @@
+"""The parts of `nox -s speed` that don't measure time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.models import mlp, resnet18
+from benchmarks.speed import Row, memory_ratio, partitioned
+from clnp import sparsity
+
+
+def network() -> nn.Module:
+    return mlp(100, (300, 300), 10)
+
+
+def test_training_needs_little_more_memory_and_less_once_half_is_frozen(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sparsity, "CPU_PART", 2**12)  # as small beside this network as in full size
+    x, y = torch.rand(64, 100), torch.arange(64) % 10
+    assert memory_ratio(network, x, y, frozen=False) <= 1.1
+    assert memory_ratio(network, x, y, frozen=True) < 1.0
+
+
+def test_half_of_each_group_of_resnet18_freezes():
+    half = partitioned(resnet18(10), torch.rand(2, 3, 32, 32), frozen=True)
+    assert len(half.layout.groups) > 10
+    for group in half.layout.groups:
+        assert half.partition.after(0)[group.name] == group.width // 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bound", "kind", "shown"),
+    [
+        (1.10, 1.10, "at most", "at most 1.10: ok"),
+        (1.11, 1.10, "at most", "at most 1.10: ABOVE"),
+        (1.00, 1.00, "below", "below 1.00: ABOVE"),
+        (5.00, 5.00, "at least", "at least 5.00: ok"),
+        (4.99, 5.00, "at least", "at least 5.00: BELOW"),
+    ],
+)
+def test_a_row_says_whether_its_bound_is_kept(ratio: float, bound: float, kind: str, shown: str):
+    assert shown in str(Row("a ratio", ratio, bound, kind))
+
+
+def test_a_row_without_a_bound_has_no_verdict():
+    assert str(Row("a ratio", 1.5)).endswith("  1.50")
