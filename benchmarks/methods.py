@@ -19,7 +19,7 @@ from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, derive
 from benchmarks.scenarios import ResidentData
-from clnp import CLNPPlugin
+from clnp import CLNPPlugin, FineTune
 
 State = dict[str, Any]
 
@@ -76,11 +76,28 @@ class CLNPSettings(Settings):
     """Whether all tasks share the head's bias, each has its own, or there is none."""
     keep_epoch: Literal["last", "latest-within-margin"] = "last"
     """Which epoch's weights a task keeps; see `clnp.CLNPPlugin`."""
+    finetune_epochs: int = 0
+    """Epochs in which the surviving weights are retrained after the cut; 0: none."""
+    finetune_lr: float = 1e-4
+    """Learning rate of fine-tuning."""
+    finetune_l1: tuple[float, ...] = ()
+    """L1 strength of each layer while fine-tuning; none: as in training."""
+    finetune_iterations: int = 1
+    """How often to cut and fine-tune."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(0 <= self.margin < 1, "margin", self.margin, "within [0, 1)")
         _require(all(alpha >= 0 for alpha in self.l1), "l1", self.l1, "not negative")
+        _require(self.finetune_epochs >= 0, "finetune_epochs", self.finetune_epochs, "at least 0")
+
+    @property
+    def finetune(self) -> FineTune | None:
+        """What is asked for of fine-tuning."""
+        if self.finetune_epochs == 0:
+            return None
+        l1 = self.finetune_l1[0] if len(self.finetune_l1) == 1 else self.finetune_l1 or None
+        return FineTune(self.finetune_epochs, self.finetune_lr, l1, self.finetune_iterations)
 
 
 def _require(true: bool, setting: str, value: object, must: str) -> None:
@@ -327,6 +344,7 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
         thresholds=settings.thresholds,
         head_bias=settings.head_bias,
         keep_epoch=settings.keep_epoch,
+        finetune=settings.finetune,
         valid_stream=setup.scenario.streams["valid"],
         seed=derive(setup.seed, "clnp"),
     )

@@ -7,6 +7,7 @@ Learn task after task in one network of fixed size with exactly zero forgetting:
 """
 
 from clnp.errors import CapacityExhausted, CLNPError, Incompatible, UnsupportedNetwork
+from clnp.finetune import FineTune
 from clnp.metrics import LogitDrift
 from clnp.plugin import CLNP, CLNPPlugin
 
@@ -15,6 +16,7 @@ __all__ = [
     "CLNPError",
     "CLNPPlugin",
     "CapacityExhausted",
+    "FineTune",
     "Incompatible",
     "LogitDrift",
     "UnsupportedNetwork",

@@ -27,11 +27,12 @@ from torch.optim import Optimizer
 from clnp.capacity import capacity_table, reused_units
 from clnp.early_stopping import LatestWithinMargin
 from clnp.errors import Incompatible, UnsupportedNetwork
+from clnp.finetune import FineTune, retrain
 from clnp.layout import Layout
 from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
 from clnp.proof import prove
-from clnp.pruning import Activity, graceful_forgetting, sorting
+from clnp.pruning import Activity, Cut, graceful_forgetting, sorting
 from clnp.sparsity import L1
 from clnp.units import Forward, find_layout
 
@@ -77,13 +78,15 @@ class CLNPPlugin(SupervisedPlugin):
         validation accuracy is within the margin of the best, at the price of a copy of the weights
         in training (early stopping: where the last epoch happens to be worse than that, nothing
         but dead units could be cut).
+    finetune : FineTune, optional
+        Retrain the surviving weights after the cut, and how often to repeat both.
 
     Attributes
     ----------
     history : list of dict
         For each learnt task: its name, the epoch kept (1 is the first) of how many, best, trained
-        (of the epoch kept) and pruned validation accuracy, thresholds, new units, and how many
-        cuts were evaluated.
+        (of the epoch kept) and pruned validation accuracy, thresholds, new units, how many cuts
+        were evaluated, and for each fine-tuning the units and the accuracies before and after.
     validation_accuracy : list of float
         Validation accuracy after each epoch of the task in training (or just trained).
 
@@ -121,6 +124,7 @@ class CLNPPlugin(SupervisedPlugin):
         head_bias: str = "shared",
         seed: int = 0,
         keep_epoch: str = "last",
+        finetune: FineTune | None = None,
     ) -> None:
         super().__init__()
         _choice("keep_epoch", keep_epoch, ("last", "latest-within-margin"))
@@ -145,6 +149,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.head_bias = head_bias
         self.seed = seed
         self.keep_epoch = keep_epoch
+        self.finetune = finetune
         self.history: list[dict[str, Any]] = []
         self.validation_accuracy: list[float] = []
         self._network: PartitionedNetwork | None = None
@@ -323,7 +328,9 @@ class CLNPPlugin(SupervisedPlugin):
         model, forward = strategy.model, self._forward(name)
         layout = find_layout(model, forward, self._example(strategy))
         self._check_head(model, layout, strategy.experience)
-        alphas, self._task_margin = self._alphas(layout), self._margin(len(self._names))
+        alphas, self._task_margin = self._alphas(layout, self.l1), self._margin(len(self._names))
+        if self.finetune is not None and self.finetune.l1 is not None:
+            self._alphas(layout, self.finetune.l1)  # a wrong one is found before training
         self._refuse_other_model(model)
         if self._network is None or self._network.model is not model:
             self._network = self._build(model, layout, forward, self._example(strategy))
@@ -369,25 +376,27 @@ class CLNPPlugin(SupervisedPlugin):
         self._train_data = self._valid_data = self._kept = None
 
     def _cut(self, strategy: Any, activity: dict[str, Tensor]) -> None:
+        """Cut the units that the task doesn't need, fine-tune the others if asked to, and freeze.
+
+        The margin counts from the best validation accuracy so far. After the last fine-tuning only
+        dead units go.
+        """
         network = self.network
-        before = network.frontier
-        orders = {name: sorting(a, before[name]) for name, a in activity.items()}
-        network.sort(orders)
-        activity = {name: a[orders[name]] for name, a in activity.items()}
-
-        def evaluate(used: dict[str, int]) -> float:
-            with network.view(network.candidate(used)):
-                return self._accuracy(strategy)
-
-        cut = graceful_forgetting(
-            activity,
-            before,
-            network.floors(),
-            evaluate,
-            max(self.validation_accuracy),
-            self._task_margin,
-            self.thresholds,
-        )
+        before, best = network.frontier, max(self.validation_accuracy)
+        cut, activity = self._sort_and_cut(strategy, activity, best)
+        tuned: list[dict[str, Any]] = []
+        rounds = 0 if self.finetune is None else self.finetune.iterations
+        for left in reversed(range(rounds)):
+            activity, accuracy = self._fine_tune(strategy, cut.used)
+            tuned.append(
+                {
+                    "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
+                    "cut_validation": cut.accuracy,
+                    "tuned_validation": accuracy,
+                }
+            )
+            best = max(best, accuracy)
+            cut, activity = self._sort_and_cut(strategy, activity, best if left else math.inf)
         name = self._name(strategy.experience)
         network.learn(cut.used)
         self._names.append(name)
@@ -414,8 +423,59 @@ class CLNPPlugin(SupervisedPlugin):
                 "thresholds": dict(cut.thresholds),
                 "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
                 "evaluations": cut.evaluations,
+                **({"fine_tuning": tuned} if tuned else {}),
             }
         )
+
+    def _sort_and_cut(
+        self, strategy: Any, activity: dict[str, Tensor], best: float
+    ) -> tuple[Cut, dict[str, Tensor]]:
+        """Sort the task's units by activity and find where to cut; nothing is frozen yet.
+
+        Returns
+        -------
+        tuple
+            The cut, and the activities in the new order of the units.
+        """
+        network = self.network
+        before = network.frontier
+        orders = {name: sorting(a, before[name]) for name, a in activity.items()}
+        network.sort(orders)
+        activity = {name: a[orders[name]] for name, a in activity.items()}
+
+        def evaluate(used: dict[str, int]) -> float:
+            with network.view(network.candidate(used)):
+                return self._accuracy(strategy)
+
+        cut = graceful_forgetting(
+            activity,
+            before,
+            network.floors(),
+            evaluate,
+            best,
+            self._task_margin,
+            self.thresholds,
+        )
+        return cut, activity
+
+    def _fine_tune(self, strategy: Any, used: dict[str, int]) -> tuple[dict[str, Tensor], float]:
+        """Retrain the task's surviving units; their activity and validation accuracy afterwards."""
+        assert self.finetune is not None
+        network = self.network
+        l1 = self.l1 if self.finetune.l1 is None else self.finetune.l1
+        self._swap(strategy.optimizer, network.train_units(used))
+        penalty = L1(network.leaves(), self._alphas(network.layout, l1))
+        activity = Activity(network.layout)
+        with network.view(network.training_view):
+            retrain(strategy, self.finetune.epochs, self.finetune.lr, penalty)
+            accuracy = self._accuracy(strategy)
+            start = network.training_view.start
+            with activity.measure(network.model, start, used):
+                for _ in self._outputs(strategy, self._train_data):
+                    pass
+        self._release()
+        self._verify()
+        return activity.means(), accuracy
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -642,28 +702,31 @@ class CLNPPlugin(SupervisedPlugin):
                 f"{weight.shape[0] - 1}); give it more outputs, or remap the labels of each task"
             )
 
-    def _alphas(self, layout: Layout) -> dict[str, float]:
+    @staticmethod
+    def _alphas(
+        layout: Layout, l1: float | Sequence[float] | Mapping[str, float]
+    ) -> dict[str, float]:
         """Alpha of each layer with a weight matrix."""
         layers = layout.weights
         shown = ", ".join(layers)
-        if isinstance(self.l1, Mapping):
-            head = {layout.head: self.l1["head"]} if "head" in self.l1 else {}
-            unknown = [name for name in self.l1 if name not in (*layers, "head")]
+        if isinstance(l1, Mapping):
+            head = {layout.head: l1["head"]} if "head" in l1 else {}
+            unknown = [name for name in l1 if name not in (*layers, "head")]
             if unknown:
                 raise ValueError(f"l1 names the layer {unknown[0]!r}, but the layers are: {shown}")
             return (
                 dict.fromkeys(layers, 0.0)
-                | {name: alpha for name, alpha in self.l1.items() if name != "head"}
+                | {name: alpha for name, alpha in l1.items() if name != "head"}
                 | head
             )
-        if not isinstance(self.l1, Sequence):
-            return dict.fromkeys(layers, float(self.l1))
-        if len(self.l1) != len(layers):
+        if not isinstance(l1, Sequence):
+            return dict.fromkeys(layers, float(l1))
+        if len(l1) != len(layers):
             raise ValueError(
-                f"l1 has {len(self.l1)} values for {len(layers)} layers; in forward order they "
+                f"l1 has {len(l1)} values for {len(layers)} layers; in forward order they "
                 f"are: {shown}"
             )
-        return dict(zip(layers, self.l1, strict=True))
+        return dict(zip(layers, l1, strict=True))
 
     def _margin(self, index: int) -> float:
         if not isinstance(self.margin, Sequence):
@@ -780,7 +843,9 @@ class CLNP(SupervisedTemplate):
     ----------
     model, optimizer, criterion
         As in every Avalanche strategy.
-    margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed, keep_epoch
+    margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
+        As in :class:`CLNPPlugin`.
+    keep_epoch, finetune
         As in :class:`CLNPPlugin`.
     **base
         What every Avalanche strategy takes: train_mb_size, train_epochs, eval_mb_size, device,
@@ -807,6 +872,7 @@ class CLNP(SupervisedTemplate):
         head_bias: str = "shared",
         seed: int = 0,
         keep_epoch: str = "last",
+        finetune: FineTune | None = None,
         plugins: Sequence[Any] | None = None,
         **base: Any,
     ) -> None:
@@ -820,6 +886,7 @@ class CLNP(SupervisedTemplate):
             head_bias,
             seed,
             keep_epoch,
+            finetune,
         )
         super().__init__(
             model=model,

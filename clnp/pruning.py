@@ -27,16 +27,20 @@ class Activity:
         self._counts: dict[tuple[str, Part], int] = {}
 
     @contextmanager
-    def measure(self, model: nn.Module, start: dict[str, int]) -> Iterator[None]:
+    def measure(
+        self, model: nn.Module, start: dict[str, int], stop: dict[str, int] | None = None
+    ) -> Iterator[None]:
         """Watch what readers read during the forward passes inside.
 
         Parameters
         ----------
         model
             The network.
-        start
-            The first unit of each group that the passes compute.
+        start, stop
+            The passes compute units [start:stop) of each group (stop None: up to the last);
+            others aren't active.
         """
+        stop = self._layout.widths if stop is None else stop
         handles = []
         for group in self._layout.groups:
             for part in group.readers:
@@ -44,23 +48,25 @@ class Activity:
                 self._sums[key] = torch.zeros(group.width, dtype=torch.float64)
                 self._counts[key] = 0
                 module = model.get_submodule(part.layer)
-                handles.append(module.register_forward_pre_hook(self._hook(key, start)))
+                handles.append(module.register_forward_pre_hook(self._hook(key, start, stop)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, key: tuple[str, Part], start: dict[str, int]) -> Callable[..., None]:
-        """Add up what a layer reads of a group, of which the passes compute units [start:)."""
+    def _hook(
+        self, key: tuple[str, Part], start: dict[str, int], stop: dict[str, int]
+    ) -> Callable[..., None]:
+        """Add up what a layer reads of a group, of which the passes compute [start:stop)."""
         group, part = key
-        width = (self._layout.widths[group] - start[group]) * part.block
+        width = (stop[group] - start[group]) * part.block
         offset = 0  # where the group's channels begin in what the layer reads
         for span, first in zip(*self._layout.offsets(part.layer), strict=True):
             if first == part.first:
                 break
-            skipped = 0 if span.group is None else start[span.group] * span.block
-            offset += span.width - skipped
+            held = span.units if span.group is None else stop[span.group] - start[span.group]
+            offset += held * span.block
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             dim = -1 if isinstance(module, nn.Linear) else 1
@@ -72,7 +78,7 @@ class Activity:
                 # MPS has no float64; single precision does there.
                 kind = torch.float32 if each.device.type == "mps" else torch.float64
                 sums = self._sums[key] = sums.to(each.device, kind)
-            sums[start[group] :] += each
+            sums[start[group] : stop[group]] += each
             self._counts[key] += x[0].numel()
 
         return hook
