@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from clnp.errors import CapacityExhausted, UnsupportedNetwork
 from clnp.layers import Adapter, adapter_of, row_tensors, sliced
-from clnp.layout import Layout, Runs, pieces, put, runs, take
+from clnp.layout import Layout, Runs, Span, pieces, put, runs, take
 from clnp.partition import Partition, derived_seed, permute, reinitialise, sever
 from clnp.units import Forward
 
@@ -538,12 +538,15 @@ class PartitionedNetwork:
         if self.partition.tasks == 0:
             return found
         layout, used = self.layout, self.frontier
-        nothing = dict.fromkeys(used, 0)
 
-        def enter(name: str, tensor: Tensor, where: Runs, dim: int) -> None:
-            views = pieces(tensor, where, dim)
-            for index, view in enumerate(views):
-                found[name if len(views) == 1 else f"{name}[{index}]"] = view
+        def enter(name: str, tensor: Tensor, spans: tuple[Span, ...], dim: int) -> None:
+            """Used channels of each span by a name of their own, whatever touches by now."""
+            for index, (span, part) in enumerate(
+                zip(spans, tensor.split([s.width for s in spans], dim), strict=True)
+            ):
+                count = span.width if span.group is None else used[span.group] * span.block
+                key = name if len(spans) == 1 else f"{name}[{index}]"
+                found[key] = part.narrow(dim, 0, count)
 
         for name in layout.order:
             if name == layout.head:
@@ -556,8 +559,7 @@ class PartitionedNetwork:
                 if name in layout.shared:
                     found[f"{name}.{key}"] = tensor
                 else:
-                    enter(f"{name}.{key}", tensor, layout.runs(layout.rows[name], nothing, used), 0)
-        columns = layout.runs(layout.columns[layout.head], nothing, used)
+                    enter(f"{name}.{key}", tensor, layout.rows[name], 0)
         for layer in dict.fromkeys(head.layer for head in self.heads):
             module = self.model.get_submodule(layer)
             own_bias = self.single_head and self.head_bias == "per-task"
@@ -565,7 +567,7 @@ class PartitionedNetwork:
                 if tensor is None or (key == "bias" and own_bias):
                     continue
                 if key == "weight" and self.single_head:
-                    enter(f"{layer}.{key}", tensor, columns, 1)
+                    enter(f"{layer}.{key}", tensor, layout.columns[layout.head], 1)
                 else:
                     found[f"{layer}.{key}"] = tensor
         return found
