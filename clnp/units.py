@@ -60,6 +60,10 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
             traced, example, forward_fn=forward, verbose=False
         )
         roots = _roots(graph, traced, names, adapters)
+        for node in graph.module2node.values():
+            # The graph is one big cycle, which would keep the copy of the network for long.
+            for others in (node.inputs, node.outputs, node.dependencies):
+                others.clear()
     except UnsupportedNetwork:
         raise
     except Exception as error:  # whatever the tracer stumbles on, the user must know of
