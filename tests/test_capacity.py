@@ -290,3 +290,45 @@ def test_sufficiency_table() -> None:
         ["second", "b", 0, None, None],
     ]
     assert sufficiency_table(Partition({"a": 3}), [], []).empty
+
+
+@pytest.mark.parametrize(("share", "units", "accuracy"), [(0.01, 1, 1.0), (1.0, 0, 0.5)])
+def test_a_wrong_share_shows_in_the_ablation(share: float, units: int, accuracy: float) -> None:
+    """The class is whether x_0 > 1/2; the new unit of b reads it by older unit 0, and noise of 1.
+
+    Unit 1's share is 0.1 %: 1 % is right to leave it out. Were all but the largest left out, unit
+    0 would go (nothing exceeds 100 % of the largest), and one class remains.
+    """
+    modules: dict[str, nn.Module] = {
+        "a": nn.Linear(2, 3),
+        "b": nn.Linear(3, 2),
+        "head": nn.Linear(2, 2),
+    }
+    weights = {
+        "a": [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]],
+        "b": [[5.0, 5.0, 0.0], [1.0, 0.001, 0.0]],
+        "head": [[0.0, 0.0], [0.0, 1.0]],
+    }
+    with torch.no_grad():
+        for name, rows in weights.items():
+            modules[name].weight.copy_(torch.tensor(rows))
+            modules[name].bias.zero_()
+        modules["head"].bias.copy_(torch.tensor([0.5, 0.0]))
+    layout = Layout(
+        (
+            UnitGroup("a", 3, (Part("a"),), (), (Part("b"),)),
+            UnitGroup("b", 2, (Part("b"),), (), (Part("head"),)),
+        ),
+        "head",
+        ("a", "b", "head"),
+    )
+    network = nn.Sequential(modules["a"], nn.ReLU(), modules["b"], nn.ReLU(), modules["head"])
+    x = torch.tensor([[0.0, 1.0], [0.2, 0.0], [0.8, 1.0], [1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    activity = {"a": torch.tensor([0.5, 0.5, 0.0]), "b": torch.tensor([5.0, 0.5])}
+    before, after, start = {"a": 2, "b": 1}, {"a": 2, "b": 2}, {"a": 0, "b": 1}
+    kept = reused(modules, layout, before, after, start, activity, share)
+    assert int(kept["a"].sum()) == units
+    with ablated(modules, layout, before, after, start, kept):
+        assert float((network(x).argmax(1) == labels).double().mean()) == accuracy
+    assert float((network(x).argmax(1) == labels).double().mean()) == 1.0
