@@ -327,6 +327,10 @@ def run(
                 "task": task,
                 "accuracy": {name: matrix[-1] for name, matrix in accuracy.items()},
                 "capacity": [row for row in learner.capacity() if row["task"] == task],
+                "sufficiency": [row for row in learner.sufficiency() if row["task"] == task],
+                "reused_ablation": next(
+                    (entry["reused_ablation"] for entry in learner.history()[-1:]), None
+                ),
                 "seconds": seconds[-1],
             }
         )
@@ -340,6 +344,7 @@ def run(
         "config": cell.config,
         "accuracy": accuracy,
         "capacity": learner.capacity(),
+        "sufficiency": learner.sufficiency(),
         "logit_drift": [drifts[task] for task in range(cell.experiment.tasks)],
         "parameters": learner.parameters(),
         "task_id_at_test": cell.method.task_id_at_test,

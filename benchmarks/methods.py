@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
+import pandas as pd
 import torch
 import tyro
 from avalanche.benchmarks import CLScenario
@@ -209,6 +210,10 @@ class Learner:
         """Return the units used by layer and task; [] for a method that does not count them."""
         return []
 
+    def sufficiency(self) -> list[dict[str, Any]]:
+        """Return what new units read by layer and task; [] for a method that doesn't tell."""
+        return []
+
     def history(self) -> list[dict[str, Any]]:
         """Return what the method has to tell about each learnt task, as JSON values."""
         return []
@@ -245,6 +250,17 @@ class SingleTaskLearner(Learner):
         return {"trainable": count, "stored": count * len(self.plugin.networks)}
 
 
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a frame's rows as JSON values."""
+    return [
+        {
+            str(key): None if pd.isna(value) else getattr(value, "item", lambda v=value: v)()
+            for key, value in row.items()
+        }
+        for row in frame.to_dict("records")
+    ]
+
+
 class CLNPLearner(Learner):
     """The network under CLNP."""
 
@@ -262,10 +278,11 @@ class CLNPLearner(Learner):
 
     def capacity(self) -> list[dict[str, Any]]:
         """Return the rows of `CLNPPlugin.capacity`."""
-        return [
-            {str(key): getattr(value, "item", lambda v=value: v)() for key, value in row.items()}
-            for row in self.plugin.capacity().to_dict("records")
-        ]
+        return _rows(self.plugin.capacity())
+
+    def sufficiency(self) -> list[dict[str, Any]]:
+        """Return the rows of `CLNPPlugin.sufficiency`; None where there is no number."""
+        return _rows(self.plugin.sufficiency())
 
     def history(self) -> list[dict[str, Any]]:
         """Return the plugin's account of each task."""

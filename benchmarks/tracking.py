@@ -230,6 +230,12 @@ class Mirror:
                 for row in event["capacity"]:
                     for key in ("used", "new", "reused", "free"):
                         values[f"capacity/{row['layer']}/{key}"] = row[key]
+                for row in event["sufficiency"]:
+                    for key in ("old_only", "new_only"):
+                        if row[key] is not None:
+                            values[f"sufficiency/{row['layer']}/{key}"] = row[key]
+                for key, value in (event["reused_ablation"] or {}).items():
+                    values[f"reused_ablation/{key}"] = value
                 self._run.log(values)
             case "end":
                 for stream, matrix in event["accuracy"].items():

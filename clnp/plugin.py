@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -24,7 +25,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clnp.capacity import capacity_table, reused_units
+from clnp.capacity import (
+    Sufficiency,
+    ablated,
+    capacity_table,
+    reused,
+    sufficiency,
+    sufficiency_table,
+)
 from clnp.early_stopping import LatestWithinMargin
 from clnp.errors import Incompatible, UnsupportedNetwork
 from clnp.finetune import FineTune, retrain
@@ -86,7 +94,10 @@ class CLNPPlugin(SupervisedPlugin):
     history : list of dict
         For each learnt task: its name, the epoch kept (1 is the first) of how many, best, trained
         (of the epoch kept) and pruned validation accuracy, thresholds, new units, how many cuts
-        were evaluated, and for each fine-tuning the units and the accuracies before and after.
+        were evaluated; for each fine-tuning the units and the accuracies before and after; and
+        ``reused_ablation``: validation accuracy where the task reads no older units but the reused
+        ones, its drop from the pruned one, the margin that it is held against, and how many units
+        were cut for it.
     validation_accuracy : list of float
         Validation accuracy after each epoch of the task in training (or just trained).
 
@@ -156,6 +167,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._by_label: bool | None = None
         self._names: list[Hashable] = []
         self._reused: list[dict[str, int]] = []
+        self._sufficiency: list[dict[str, Sufficiency | None]] = []
         self._train_data: Any = None
         self._valid_data: Any = None
         self._l1 = L1({}, {})
@@ -217,6 +229,15 @@ class CLNPPlugin(SupervisedPlugin):
             return capacity_table(Partition({}), [], [])
         return capacity_table(self.partition, self._names, self._reused)
 
+    def sufficiency(self) -> pd.DataFrame:
+        """What new units read, by task and hidden layer: new, old_only, new_only (shares of new).
+
+        NaN where the layer reads the network's input, or the task has no new unit in it.
+        """
+        if self._network is None:
+            return sufficiency_table(Partition({}), [], [])
+        return sufficiency_table(self.partition, self._names, self._sufficiency)
+
     def _index(self, task: Hashable) -> int:
         """Place of a task in the order of learning (of the newest one of that name)."""
         for index in reversed(range(len(self._names))):
@@ -243,6 +264,10 @@ class CLNPPlugin(SupervisedPlugin):
             "names": list(self._names),
             "by_label": self._by_label,
             "reused": [dict(r) for r in self._reused],
+            "sufficiency": [
+                {layer: each and asdict(each) for layer, each in task.items()}
+                for task in self._sufficiency
+            ],
             "history": [dict(h) for h in self.history],
             "example": self.example_input,
             "network": network.state_dict(),
@@ -274,6 +299,11 @@ class CLNPPlugin(SupervisedPlugin):
         self._network = network
         self._names = names
         self._reused = [dict(r) for r in state["reused"]]
+        # A state from before it was measured goes on; what its tasks read isn't known.
+        self._sufficiency = [
+            {layer: each and Sufficiency(**each) for layer, each in task.items()}
+            for task in state.get("sufficiency", [{} for _ in names])
+        ]
         self.history = [dict(h) for h in state["history"]]
 
     # -- a task's life ---------------------------------------------------------------------------
@@ -400,16 +430,10 @@ class CLNPPlugin(SupervisedPlugin):
         name = self._name(strategy.experience)
         network.learn(cut.used)
         self._names.append(name)
-        self._reused.append(
-            reused_units(
-                network.modules,
-                network.layout,
-                before,
-                cut.used,
-                network.heads[-1].start,
-                activity,
-            )
-        )
+        modules, layout, start = network.modules, network.layout, network.heads[-1].start
+        kept = reused(modules, layout, before, cut.used, start, activity)
+        self._reused.append({layer: int(units.sum()) for layer, units in kept.items()})
+        self._sufficiency.append(sufficiency(modules, layout, before, cut.used, activity))
         epochs = len(self.validation_accuracy)
         epoch = self._kept.epoch if self._kept is not None else epochs
         self.history.append(
@@ -424,6 +448,7 @@ class CLNPPlugin(SupervisedPlugin):
                 "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
                 "evaluations": cut.evaluations,
                 **({"fine_tuning": tuned} if tuned else {}),
+                "reused_ablation": self._ablation(strategy, before, kept, cut.accuracy),
             }
         )
 
@@ -476,6 +501,31 @@ class CLNPPlugin(SupervisedPlugin):
         self._release()
         self._verify()
         return activity.means(), accuracy
+
+    def _ablation(
+        self, strategy: Any, before: dict[str, int], kept: dict[str, Tensor], accuracy: float
+    ) -> dict[str, Any]:
+        """What the newest task loses without the older units that aren't reused.
+
+        The definition of reuse is a bound on weights; whether it tells what matters, this measures.
+        """
+        network = self.network
+        cut, after = sum(int((~units).sum()) for units in kept.values()), network.frontier
+        ablation = accuracy
+        if cut:
+            start = network.heads[-1].start
+            with (
+                torch.random.fork_rng(devices=[]),  # a loader draws; a measurement mustn't
+                ablated(network.modules, network.layout, before, after, start, kept),
+                network.view(network.task_view(len(self._names) - 1)),
+            ):
+                ablation = self._accuracy(strategy)
+        return {
+            "accuracy": ablation,
+            "drop": accuracy - ablation,
+            "margin": self._task_margin,
+            "cut": cut,
+        }
 
     # -- evaluation ------------------------------------------------------------------------------
 

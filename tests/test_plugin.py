@@ -535,8 +535,66 @@ def test_state_restores_in_a_fresh_model_and_goes_on_bit_by_bit() -> None:
         assert torch.equal(plugin.subnetwork(task)(x), restored.subnetwork(task)(x))
     assert plugin.history == restored.history
     assert plugin.capacity().equals(restored.capacity())
+    assert plugin.sufficiency().equals(restored.sufficiency())
     with pytest.raises(ValueError, match="the state is of a network with layers"):
         CLNPPlugin().load_state_dict(state, conv_head())
+
+
+def test_ablation_is_that_of_the_network_without_what_is_not_reused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if nothing were reused: what the second task loses is told, and nothing is left cut."""
+    bench = benchmark(tasks=2)
+    plugin = CLNPPlugin(margin=0.05, l1=1e-3, valid_stream=bench.test_stream)
+    trainer = strategy(mlp(), plugin, epochs=8)
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    first = plugin.history[0]
+    assert first["reused_ablation"] == {
+        "accuracy": first["pruned_validation"],
+        "drop": 0.0,
+        "margin": 0.05,
+        "cut": 0,
+    }
+    before = plugin.network.frontier
+    monkeypatch.setattr(
+        "clnp.plugin.reused",
+        lambda *_: {name: torch.zeros(n, dtype=torch.bool) for name, n in before.items()},
+    )
+    trainer.train(bench.train_stream[1], eval_streams=[])
+    told = plugin.history[1]["reused_ablation"]
+    assert told["cut"] == sum(before.values())
+
+    data = bench.test_stream[1].dataset.eval()
+    x, labels = torch.stack([s[0] for s in data]), torch.tensor([int(s[1]) for s in data])
+
+    def accuracy() -> float:
+        return int((plugin.subnetwork(1)(x).argmax(1) == labels).sum()) / len(labels)
+
+    assert accuracy() == plugin.history[1]["pruned_validation"]
+    network = plugin.network
+    with torch.no_grad():
+        for group in network.layout.groups:
+            for part in group.readers:
+                if part.layer != network.layout.head:
+                    rows = before[network.layout.writes[part.layer]]
+                    network.modules[part.layer].weight[rows:, : before[group.name]] = 0.0
+    assert accuracy() == told["accuracy"]
+    assert told["drop"] == plugin.history[1]["pruned_validation"] - told["accuracy"]
+    assert told["drop"] > 0
+
+
+def test_a_state_from_before_sufficiency_was_measured_goes_on() -> None:
+    bench = benchmark(tasks=1)
+    plugin = CLNPPlugin(margin=0.05, l1=1e-3)
+    trainer = strategy(mlp(), plugin)
+    assert plugin.sufficiency().empty
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    assert plugin.sufficiency()["new_only"].max() == 1.0
+    state = plugin.state_dict()
+    del state["sufficiency"]
+    restored = CLNPPlugin(margin=0.05, l1=1e-3)
+    restored.load_state_dict(state, mlp())
+    assert restored.sufficiency()["new_only"].isna().all()
 
 
 def test_another_model_is_refused_in_evaluation_too() -> None:

@@ -294,6 +294,72 @@ def test_text_of_numbers(text: str, expected: str) -> None:
     assert text == expected
 
 
+def test_what_a_layers_units_are_adds_up() -> None:
+    frame = tables.units_frame(cells_of("pmnist"))
+    assert len(frame) == 2 * 10
+    assert np.allclose(frame[["reused", "not_reused", "new", "free"]].sum(axis=1), 100)
+    rows = [
+        row
+        for seed in range(3)
+        for row in record_of("pmnist", "clnp", seed)["capacity"]
+        if row["layer"] == "fc2" and row["task"] == 4
+    ]
+    (at,) = frame[(frame["layer"] == "fc2") & (frame["task"] == 5)].to_dict("records")
+    assert at["not_reused"] == pytest.approx(
+        np.mean([(row["used"] - row["new"] - row["reused"]) / 20 for row in rows])
+    )
+    assert at["new"] == pytest.approx(np.mean([row["new"] / 20 for row in rows]))
+
+
+def test_sufficiency_against_the_records() -> None:
+    frame = tables.sufficiency_frame(cells_of("pmnist"))
+    assert set(frame["layer"]) == {"fc2"}  # fc1 reads the input
+    shares = [
+        100 * row["old_only"]
+        for seed in range(3)
+        for row in record_of("pmnist", "clnp", seed)["sufficiency"]
+        if (row["task"], row["layer"]) == (4, "fc2")
+    ]
+    at = frame[frame["task"] == 5].iloc[0]
+    assert at["old_only"] == pytest.approx(np.mean(shares))
+    assert at["old_only_sd"] == pytest.approx(np.std(shares, ddof=1))
+    assert at["n"] == 3
+
+
+def test_ablation_against_the_records() -> None:
+    frame = tables.ablation_frame(cells_of("pmnist"))
+    drops = [
+        100 * record_of("pmnist", "clnp", seed)["history"][4]["reused_ablation"]["drop"]
+        for seed in range(3)
+    ]
+    at = frame[frame["task"] == 5].set_index("seed")
+    assert list(at.loc[[0, 1, 2], "drop"]) == pytest.approx(drops)
+    assert at.loc["mean", "drop"] == pytest.approx(np.mean(drops))
+    assert at.loc["mean", "margin"] == pytest.approx(0.05)
+
+
+def test_an_ablation_beyond_the_margin_is_remarked(tmp_path: Path) -> None:
+    record = record_of("pmnist", "clnp", 0)
+    put(tmp_path, record)
+    assert load.cells(tmp_path, "pmnist", paper=True)[1] == []
+    record["history"][3]["reused_ablation"]["drop"] = 0.0012
+    put(tmp_path / "over", record)
+    (note,) = load.cells(tmp_path / "over", "pmnist", paper=True)[1]
+    assert "clnp seed0" in note
+    assert "task 4: 0.12 points (m = 0.05)" in note
+
+
+def test_records_from_before_the_diagnoses_still_give_a_report(built: Path) -> None:
+    """The custom experiment's record has neither sufficiency nor ablation, but capacity."""
+    old, new = built / "out" / "pmnist-custom-ab12", built / "out" / "pmnist"
+    assert "history" not in record_of("pmnist-custom-ab12", "clnp", 0)
+    for name in ("sufficiency_clnp", "ablation_clnp"):
+        assert (new / f"{name}.png").exists()
+        assert not (old / f"{name}.png").exists()
+    assert (old / "units_clnp.png").exists()
+    assert (old / "use_clnp.png").exists()
+
+
 # ---------------------------------------------------------------- claims
 
 
@@ -454,7 +520,8 @@ def test_custom_experiment_is_marked_and_never_meets_the_paper(built: Path) -> N
 
 def test_figures_come_as_pdf_with_embedded_fonts_png_and_csv(built: Path) -> None:
     folder = built / "out" / "pmnist"
-    for name in ("fig3", "over_tasks", "matrix_clnp", "matrix_finetune"):
+    diagnoses = ("units_clnp", "sufficiency_clnp", "ablation_clnp")
+    for name in ("fig3", "over_tasks", "matrix_clnp", "matrix_finetune", *diagnoses):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         pdf = (folder / f"{name}.pdf").read_bytes()
         assert b"/FontFile2" in pdf

@@ -42,6 +42,8 @@ TASK = {
     "task": 1,
     "accuracy": {"validation": [0.5, 0.75], "test": [0.5, 1.0]},
     "capacity": [{"layer": "fc1", "used": 3, "new": 1, "reused": 2, "free": 7}],
+    "sufficiency": [{"layer": "fc1", "new": 1, "old_only": None, "new_only": None}],
+    "reused_ablation": None,
     "seconds": 2.0,
 }
 END = {
@@ -103,6 +105,15 @@ def test_offline_run_file_holds_the_cell(tmp_path: Path) -> None:
     assert mirrored["validation/task 1"] == [record["accuracy"]["validation"][1][1]]
     used = [row["used"] for row in record["capacity"] if row["layer"] == "fc1"]
     assert mirrored["capacity/fc1/used"] == used
+    for key in ("old_only", "new_only"):
+        shares = [row[key] for row in record["sufficiency"] if row["layer"] == "fc2"]
+        assert None not in shares
+        assert mirrored[f"sufficiency/fc2/{key}"] == shares
+        assert f"sufficiency/fc1/{key}" not in mirrored  # fc1 reads the input
+    for key in ("accuracy", "drop", "margin", "cut"):
+        assert mirrored[f"reused_ablation/{key}"] == [
+            entry["reused_ablation"][key] for entry in record["history"]
+        ]
     summary: dict[str, Any] = {}
     config: dict[str, Any] = {}
     for entry in wandb_records(path):

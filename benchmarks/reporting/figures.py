@@ -152,6 +152,130 @@ def _tasks_first(handles: list[Any], names: list[str]) -> tuple[list[Any], list[
     return [handles[i] for i in order], [names[i] for i in order]
 
 
+def _layer_panels(layers: Sequence[str], tasks: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel a layer, tasks along each."""
+    columns = min(len(layers), 4)
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(max(COLUMN, 1.7 * columns), 0.5 + 1.8 * rows), layout="constrained")
+    grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels: list[Axes] = list(grid.flat)
+    for spare in panels[len(layers) :]:
+        spare.set_axis_off()
+    for axes, layer in zip(panels, layers, strict=False):
+        axes.set_title(str(layer))
+        axes.set_xlabel("Task")
+        _task_axis(axes, tasks)
+    return figure, panels[: len(layers)]
+
+
+def units(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+    """Draw what each hidden layer is made of for each task: a panel a layer, a bar a task.
+
+    Parameters
+    ----------
+    frame
+        Rows of one method from `tables.units_frame`.
+    name, caption
+        Of the figure.
+    """
+    layers = list(dict.fromkeys(frame["layer"]))
+    kinds = {
+        "reused": ("reused", PALETTE[2]),
+        "not_reused": ("older, not reused", PALETTE[7]),
+        "new": ("new", PALETTE[1]),
+        "free": ("free", "0.92"),
+    }
+    with _theme():
+        figure, panels = _layer_panels(layers, int(frame["task"].max()))
+        for axes, layer in zip(panels, layers, strict=True):
+            part = frame[frame["layer"] == layer]
+            bottom = [0.0] * len(part)
+            for kind, (text, colour) in kinds.items():
+                bars = axes.bar(part["task"], part[kind], 0.85, bottom, color=colour, label=text)
+                bottom = [bar.get_y() + bar.get_height() for bar in bars]
+            axes.grid(False, axis="x")
+            axes.set_ylim(0, 100)
+        panels[0].set_ylabel("Units of the layer (%)")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2 if len(layers) < 3 else 4,
+            frameon=False,
+        )
+        return _picture(name, caption, frame, figure)
+
+
+def sufficiency(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+    """Draw the shares of new units that read old or new units only: a panel a layer.
+
+    Parameters
+    ----------
+    frame
+        Rows of one method from `tables.sufficiency_frame`.
+    name, caption
+        Of the figure.
+    """
+    layers = list(dict.fromkeys(frame["layer"]))
+    kinds = {"old_only": ("old ones only", "o", 2), "new_only": ("new ones only", "s", 1)}
+    with _theme():
+        figure, panels = _layer_panels(layers, int(frame["task"].max()))
+        for axes, layer in zip(panels, layers, strict=True):
+            part = frame[frame["layer"] == layer]
+            for kind, (text, marker, colour) in kinds.items():
+                axes.errorbar(
+                    part["task"],
+                    part[kind],
+                    yerr=part[f"{kind}_sd"] if part[f"{kind}_sd"].notna().all() else None,
+                    elinewidth=0.6,
+                    color=PALETTE[colour],
+                    marker=marker,
+                    label=text,
+                )
+            axes.set_ylim(-4, 104)
+        panels[0].set_ylabel("New units (%)")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            title="that read",
+            loc="outside lower center",
+            ncols=2,
+            frameon=False,
+        )
+        return _picture(name, caption, frame, figure)
+
+
+def ablation(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+    """Draw what each task loses without the older units that don't count as reused.
+
+    Parameters
+    ----------
+    frame
+        Rows of one method from `tables.ablation_frame`.
+    name, caption
+        Of the figure.
+    """
+    seeds, mean = frame[frame["seed"] != "mean"], frame[frame["seed"] == "mean"]
+    with _theme():
+        figure = Figure(figsize=(COLUMN, 2.3), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(mean["task"], mean["margin"], "k--", lw=1.0, label="m, allowed")
+        axes.plot(mean["task"], mean["drop"], color=PALETTE[0], label="drop, mean")
+        axes.scatter(
+            seeds["task"],
+            seeds["drop"],
+            s=14,
+            color=PALETTE[0],
+            alpha=0.6,
+            linewidths=0,
+            zorder=3,
+            label="drop, a seed",
+        )
+        axes.set_xlabel("Task")
+        axes.set_ylabel("Validation accuracy (points)")
+        _task_axis(axes, int(frame["task"].max()))
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        return _picture(name, caption, frame, figure)
+
+
 def matrix(
     frame: pd.DataFrame, name: str, caption: str, title: str, tasks: int, lowest: float
 ) -> Picture:

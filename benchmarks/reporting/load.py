@@ -35,6 +35,9 @@ METHODS = {
 
 Targets = dict[str, Any]
 
+ROUNDING = 1e-9
+"""Accuracies are ratios of counts: differences below this are rounding."""
+
 
 def label(method: str) -> str:
     """Return the name of a method for readers."""
@@ -62,6 +65,10 @@ class Cell:
     """R, shape (tasks, tasks): test accuracy (%) on task j after task i; NaN if not measured."""
     capacity: pd.DataFrame
     """Columns task, layer, used, new, reused, free, used_fraction; no rows without capacity."""
+    sufficiency: pd.DataFrame
+    """Columns task, layer, new, old_only, new_only; no rows in records from before it was told."""
+    ablation: pd.DataFrame
+    """Columns task (from 0), accuracy, drop, margin (fractions), cut (units); may have no rows."""
     drift: float
     """Largest logit drift over the tasks; NaN if none was measured."""
     trainable: int
@@ -94,12 +101,23 @@ def decode(record: dict[str, Any]) -> Cell:
     drift = [value for value in record["logit_drift"] if value is not None]
     environment = record["environment"]
     columns = ["task", "layer", "used", "new", "reused", "free", "used_fraction"]
+    reads = ["task", "layer", "new", "old_only", "new_only"]
+    ablation = ["accuracy", "drop", "margin", "cut"]
+    ablated = [
+        {"task": task, **{c: entry["reused_ablation"][c] for c in ablation}}
+        for task, entry in enumerate(record.get("history", []))
+        if "reused_ablation" in entry
+    ]
     return Cell(
         method=record["method"],
         seed=record["seed"],
         hash=record["hash"],
         test=100 * np.array(record["accuracy"]["test"], dtype=np.float64),
         capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
+        sufficiency=pd.DataFrame(
+            [{c: row[c] for c in reads} for row in record.get("sufficiency", [])], columns=reads
+        ).astype({"old_only": float, "new_only": float}),
+        ablation=pd.DataFrame(ablated, columns=["task", *ablation]),
         drift=float(max(drift)) if drift else float("nan"),
         trainable=int(record["parameters"]["trainable"]),
         stored=int(record["parameters"]["stored"]),
@@ -192,6 +210,19 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
         mine = [cell for cell in kept if cell.method == method]
         if len({cell.settings for cell in mine}) > 1:
             notes.append(f"The seeds of {label(method)} ran with different settings or code.")
+    for cell in kept:
+        over = cell.ablation[cell.ablation["drop"] > cell.ablation["margin"] + ROUNDING]
+        if len(over):
+            told = ", ".join(
+                f"task {task + 1}: {100 * drop:.2f} points (m = {100 * margin:g})"
+                for task, drop, margin in zip(
+                    over["task"], over["drop"], over["margin"], strict=True
+                )
+            )
+            notes.append(
+                f"{cell.name}: without the older units that don't count as reused, validation "
+                f"accuracy falls by more than m; {told}."
+            )
     dirty = [cell.name for cell in kept if cell.dirty]
     if dirty:
         notes.append(f"From uncommitted code (git.dirty): {', '.join(dirty)}.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 
 from benchmarks.errors import UserError
 from benchmarks.reporting import claims, figures, load, tables
@@ -102,6 +103,34 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
                 paper["paper"] if of_paper else None,
             )
         )
+    diagnoses: tuple[tuple[str, Callable[..., Picture], pd.DataFrame, str], ...] = (
+        (
+            "units",
+            figures.units,
+            tables.units_frame(cells),
+            "what each hidden layer's units are for each task, mean over seeds. Reused: older "
+            "units that the task reads",
+        ),
+        (
+            "sufficiency",
+            figures.sufficiency,
+            tables.sufficiency_frame(cells),
+            "share of each task's new units that read units of older tasks only, or of the task "
+            "only, mean over seeds; layers that read the input are left out",
+        ),
+        (
+            "ablation",
+            figures.ablation,
+            tables.ablation_frame(cells),
+            "validation accuracy that each task loses if it can't read the older units that don't "
+            "count as reused; m is what its own cut may cost",
+        ),
+    )
+    for name, draw, whole, caption in diagnoses:
+        for method in dict.fromkeys(whole["method"]):
+            mine = whole[whole["method"] == method].reset_index(drop=True)
+            note = tables.seeds_note(groups[method])
+            pictures.append(draw(mine, f"{name}_{method}", f"{label(method)}: {caption}. {note}"))
     frames = {method: tables.matrix_frame(mine) for method, mine in groups.items()}
     lowest = min(frame["accuracy"].min() for frame in frames.values())
     for method, frame in frames.items():

@@ -23,6 +23,8 @@ from benchmarks.reporting.stats import (
 
 TEMPLATES = Path(__file__).parent / "templates"
 NONE = "—"
+KINDS = ("reused", "not_reused", "new", "free")
+"""What a layer's units are for a task."""
 REFERENCE = "clnp"
 """The method that the others are compared with."""
 
@@ -285,6 +287,96 @@ def use_frame(cells: Sequence[Cell]) -> pd.DataFrame:
                 )
     columns = ["method", "layer", "task", "used", "used_sd", "new", "reused", "free", "n"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def units_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return what each layer is made of for each task, over seeds.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, layer, task (from 1), reused and not_reused (older units that the task
+        reads, and those that it doesn't), new, free (% of the layer, means; they add up to 100),
+        n; no rows if no method has capacity.
+    """
+    rows = []
+    for method, mine in by_method(cells).items():
+        frames = [cell.capacity for cell in mine if len(cell.capacity)]
+        if not frames:
+            continue
+        both = pd.concat(frames, ignore_index=True)
+        both["not_reused"] = both["used"] - both["new"] - both["reused"]
+        width = both["used"] + both["free"]
+        for layer in dict.fromkeys(both["layer"]):
+            for task, part in both[both["layer"] == layer].groupby("task", sort=True):
+                shares = {key: (100 * part[key] / width.loc[part.index]) for key in KINDS}
+                rows.append(
+                    {
+                        "method": method,
+                        "layer": layer,
+                        "task": int(str(task)) + 1,
+                        **{key: share.mean() for key, share in shares.items()},
+                        "n": len(part),
+                    }
+                )
+    return pd.DataFrame(rows, columns=["method", "layer", "task", *KINDS, "n"])
+
+
+def sufficiency_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return what new units read, over seeds.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, layer, task (from 1), old_only, new_only (% of the task's new units,
+        means), old_only_sd, new_only_sd, n (seeds with a number); only rows that have one.
+    """
+    kinds = ("old_only", "new_only")
+    rows = []
+    for method, mine in by_method(cells).items():
+        both = pd.concat([cell.sufficiency for cell in mine]).dropna(subset=kinds)
+        for layer in dict.fromkeys(both["layer"]):
+            for task, part in both[both["layer"] == layer].groupby("task", sort=True):
+                found = {kind: summarise(list(100 * part[kind])) for kind in kinds}
+                rows.append(
+                    {
+                        "method": method,
+                        "layer": layer,
+                        "task": int(str(task)) + 1,
+                        **{kind: summary.mean for kind, summary in found.items()},
+                        **{f"{kind}_sd": summary.sd for kind, summary in found.items()},
+                        "n": len(part),
+                    }
+                )
+    columns = ["method", "layer", "task", *kinds, *(f"{kind}_sd" for kind in kinds), "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def ablation_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return what a task loses without the older units that don't count as reused.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, seed ("mean" for the mean over seeds), task (from 1), drop and margin
+        (points of validation accuracy), cut (units); no rows where it wasn't measured.
+    """
+    parts = []
+    for method, mine in by_method(cells).items():
+        frames = [cell.ablation.assign(seed=cell.seed) for cell in mine if len(cell.ablation)]
+        if not frames:
+            continue
+        both = pd.concat(frames)
+        values = ["drop", "margin", "cut"]
+        mean = both.groupby("task", sort=True)[values].mean().reset_index().assign(seed="mean")
+        parts.append(pd.concat([both, mean]).assign(method=method))
+    columns = ["method", "seed", "task", "drop", "margin", "cut"]
+    if not parts:
+        return pd.DataFrame(columns=columns)
+    frame = pd.concat(parts, ignore_index=True)[columns]
+    frame["task"] += 1
+    frame[["drop", "margin"]] *= 100
+    return frame
 
 
 def comparison_frame(cells: Sequence[Cell], level: float) -> pd.DataFrame:
