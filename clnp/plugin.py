@@ -33,6 +33,7 @@ from clnp.capacity import (
     sufficiency,
     sufficiency_table,
 )
+from clnp.compact import compact
 from clnp.early_stopping import LatestWithinMargin
 from clnp.errors import Incompatible, UnsupportedNetwork
 from clnp.finetune import FineTune, retrain
@@ -222,6 +223,35 @@ class CLNPPlugin(SupervisedPlugin):
         """
         index = self._index(task)
         return self.network.subnetwork(index, self._forward(self._names[index]))
+
+    def compact(self, task: Hashable) -> nn.Module:
+        """A plain module of a task's units alone, for use without the network, CLNP and Avalanche.
+
+        It evaluates, has no gradients and shares no memory with the network; its ``state_dict`` can
+        be saved, and ``torch.export`` and ``torch.onnx`` take it.
+
+        Parameters
+        ----------
+        task
+            As in :meth:`subnetwork`.
+
+        Returns
+        -------
+        nn.Module
+            Called with x alone; logits (N, classes) within rounding of the sub-network's. A
+            narrower copy of the model, or a graph (see :func:`clnp.compact.compact`).
+
+        Raises
+        ------
+        KeyError
+            If the task hasn't been learnt.
+        UnsupportedNetwork
+            If the model needs Avalanche and can't be traced.
+        """
+        index = self._index(task)
+        assert self.example_input is not None
+        example = self.example_input.to(next(self.network.model.parameters()).device)
+        return compact(self.network, index, self._forward(self._names[index]), example)
 
     def capacity(self) -> pd.DataFrame:
         """Units by task and hidden layer: used, new, reused, free, used_fraction."""
