@@ -940,11 +940,16 @@ def _make_heads(model: nn.Module, network: Mapping[str, Any]) -> None:
                 len(network["frozen"][f"{path}.weight"]),
             )
             device = next(model.parameters()).device
-            known = label in container.classifiers
-            if not known or container.classifiers[label].classifier.out_features != outputs:
+            if label not in container.classifiers:
                 container.classifiers[label] = IncrementalClassifier(
-                    container.in_features, outputs, masking=False, auto_adapt=False
+                    container.in_features,
+                    container.starting_out_features,
+                    masking=False,
+                    auto_adapt=False,
                 ).to(device)
+            head = container.classifiers[label]
+            if head.classifier.out_features != outputs:
+                head.classifier = nn.Linear(container.in_features, outputs, device=device)
             mask = f"active_units_T{label}"
             units = container._buffers.get(mask)
             # Which of them are masked, the model's own state knows; without it, none.
