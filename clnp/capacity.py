@@ -225,12 +225,12 @@ def capacity_table(
     -------
     DataFrame
         Columns task, layer, used, new, reused, free (numbers of units after the task) and
-        used_fraction (of the layer's width).
+        used_fraction (of the layer's width then).
     """
     rows = []
     for index, name in enumerate(names):
         before, after = partition.before(index), partition.after(index)
-        for layer, width in partition.widths.items():
+        for layer, width in partition.widths_then[index].items():
             rows.append(
                 {
                     "task": name,

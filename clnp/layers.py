@@ -214,6 +214,35 @@ def row_tensors(module: nn.Module, adapter: Adapter) -> dict[str, Tensor | None]
     }
 
 
+def resize(module: nn.Module, rows: int | None, columns: int | None) -> None:
+    """Tell a layer whose tensors have been lengthened how many channels it has.
+
+    Parameters
+    ----------
+    module
+        The layer; its sizes are changed, not its tensors.
+    rows, columns
+        Channels that it computes, and that it reads; None: as many as before.
+    """
+    if isinstance(module, nn.Linear):
+        module.out_features = module.out_features if rows is None else rows
+        module.in_features = module.in_features if columns is None else columns
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1 and rows is not None:  # a group has as many channels as before
+            module.groups = module.groups * rows // module.out_channels
+        module.out_channels = module.out_channels if rows is None else rows
+        module.in_channels = module.in_channels if columns is None else columns
+    elif rows is None:
+        return
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * rows // module.num_channels
+        module.num_channels = rows
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = rows
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = rows
+
+
 def sliced(tensors: Tensors, rows: Runs | None, columns: Runs | None) -> dict[str, Tensor | None]:
     """The given rows of each tensor, and the given columns of the weight (None: all)."""
     part = {name: t if t is None or rows is None else take(t, rows) for name, t in tensors.items()}

@@ -16,6 +16,7 @@ While a task trains, each parameter of the model *is* its free rows: a leaf view
 storage. Frozen values aren't masked but out of reach of optimizer, weight decay and clipping.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from clnp.layers import Adapter, adapter_of, row_tensors, sliced
 from clnp.layout import Layout, Runs, Span, pieces, put, runs, take
 from clnp.partition import Partition, derived_seed, permute, reinitialise, sever
 from clnp.units import Forward
+from clnp.widening import other_heads, widen
 
 
 @dataclass(frozen=True)
@@ -390,8 +392,9 @@ class PartitionedNetwork:
             last = layout.last
             raise CapacityExhausted(
                 f"no unit is free in the last hidden layer {last.name!r} ({last.width} units, all "
-                f"used by {task} tasks), and a single head can't learn without one; use a wider "
-                "layer, a larger margin or l1 (sparser tasks), or one head a task"
+                f"used by {task} tasks), and a single head can't learn without one; add some "
+                f"(plugin.expand({{{last.name!r}: n}})), or start anew with a wider layer, a "
+                "larger margin or l1 (sparser tasks), or one head a task"
             )
         if task > 0:
             anew: tuple[str, ...] = ("weight",) if self.single_head else ()
@@ -530,6 +533,53 @@ class PartitionedNetwork:
         sever(self.modules, self.layout, used)
         self.heads.append(head)
 
+    def expand(self, more: Mapping[str, int]) -> None:
+        """Widen groups by free units; learnt tasks don't see them.
+
+        Parameters
+        ----------
+        more
+            Units to add, by group (the layer that computes it first). Of grouped convolutions and
+            group norms a unit is a whole group of channels.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            As :meth:`check_expansion`; nothing has been changed then.
+        """
+        self.check_expansion(more)
+        learnt: list[str] = []
+        heads: tuple[str, ...] = ()
+        if not self.single_head:
+            learnt = list(dict.fromkeys(head.layer for head in self.heads))
+            heads = other_heads(self.model, self.layout, learnt)
+        used, task = self.frontier, self.partition.tasks
+        seed = derived_seed(self.seed, task, *self.layout.widths.values())
+        self.layout = widen(self.model, self.layout, more, used, learnt, heads, seed)
+        self.partition.widen(more)
+
+    def check_expansion(self, more: Mapping[str, int]) -> None:
+        """Refuse what can't be widened.
+
+        Raises
+        ------
+        ValueError
+            If a group is unknown or a number below 1.
+        RuntimeError
+            If a task is in training.
+        """
+        if self.in_training:
+            raise RuntimeError("layers are widened between tasks, and a task is in training")
+        for name, units in more.items():
+            if name not in self.layout.widths:
+                shown = ", ".join(self.layout.widths)
+                raise ValueError(
+                    f"there is no group of units {name!r} to widen; named by the layer that "
+                    f"computes them first, the groups are: {shown}"
+                )
+            if isinstance(units, bool) or not isinstance(units, int) or units < 1:
+                raise ValueError(f"layer {name!r} is to get {units!r} units; 1 is the least")
+
     # -- what is frozen ------------------------------------------------------------------------
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -583,6 +633,7 @@ class PartitionedNetwork:
         """Frontiers, heads and frozen entries; free ones are drawn anew before each task."""
         return {
             "widths": dict(self.partition.widths),
+            "widths_then": [dict(widths) for widths in self.partition.widths_then],
             "frontiers": {name: list(f) for name, f in self.partition.frontiers.items()},
             "heads": [
                 {"layer": h.layer, "start": dict(h.start), "bias": h.bias, "use_bias": h.use_bias}
@@ -595,18 +646,31 @@ class PartitionedNetwork:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`; frozen entries are written into the model.
 
+        A network that was widened may be given as it was before: it is widened again.
+
         Raises
         ------
         ValueError
             If the network hasn't the shape of the one saved.
         """
-        if dict(state["widths"]) != self.partition.widths:
+        widths, now = dict(state["widths"]), self.partition.widths
+        then = [dict(each) for each in state.get("widths_then", [])]
+        first = then[0] if then else widths
+        if widths.keys() != now.keys() or any(
+            not first[name] <= width <= widths[name] for name, width in now.items()
+        ):
+            before = "" if first == widths else f" (at first {first})"
             raise ValueError(
-                f"the state is of a network with layers {state['widths']}, this one has "
-                f"{self.partition.widths}"
+                f"the state is of a network with layers {widths}{before}, this one has {now}"
             )
+        more = {name: widths[name] - width for name, width in now.items() if widths[name] > width}
+        if more:
+            trial = copy.deepcopy(self)  # where the state doesn't fit, this network stays as it is
+            trial.expand(more)
+            trial.load_state_dict(state)
+            self.expand(more)
         frontiers = {name: list(f) for name, f in state["frontiers"].items()}
-        partition = Partition(dict(state["widths"]), frontiers)
+        partition = Partition(widths, frontiers, then)
         device = next(self.model.parameters()).device
         heads = [
             Head(
@@ -630,7 +694,8 @@ class PartitionedNetwork:
             self.partition, self.heads = kept
             raise ValueError(
                 f"the state is of another network ({error}); build the model as it was, with the "
-                "heads of all learnt tasks"
+                "heads of all learnt tasks (heads that are made as tasks come: adapt it first, by "
+                "avalanche_model_adaptation(model, experience) for each of them)"
             ) from error
         for name, tensor in frozen.items():
             tensor.copy_(loaded[name])

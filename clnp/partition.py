@@ -9,6 +9,7 @@ active, and of each weight matrix (rows = its units, columns = the units it read
 - rows ``[f(t):]`` are W_free: drawn anew before each task, then trained.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,8 @@ class Partition:
         Number of units of each group, in forward order.
     frontiers
         ``frontiers[layer][t]`` units of the layer were active after t tasks; starts with 0.
+    widths_then
+        Number of units of each group when each task had been learnt; by default as now.
 
     Raises
     ------
@@ -37,6 +40,7 @@ class Partition:
 
     widths: dict[str, int]
     frontiers: dict[str, list[int]] = field(default_factory=dict)
+    widths_then: list[dict[str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.frontiers = self.frontiers or {name: [0] for name in self.widths}
@@ -56,6 +60,7 @@ class Partition:
                     f"layer {name!r} has the frontiers {f}; they must rise from 0 to at most its "
                     f"{self.widths[name]} units, with one more than the {self.tasks} tasks"
                 )
+        self.widths_then = self.widths_then or [dict(self.widths) for _ in range(self.tasks)]
 
     @property
     def tasks(self) -> int:
@@ -88,6 +93,12 @@ class Partition:
                 )
         for name, count in used.items():
             self.frontiers[name].append(count)
+        self.widths_then.append(dict(self.widths))
+
+    def widen(self, more: Mapping[str, int]) -> None:
+        """Enter units added to groups; they are free."""
+        for name, units in more.items():
+            self.widths[name] += units
 
 
 def derived_seed(*numbers: int) -> int:

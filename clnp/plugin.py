@@ -1,5 +1,6 @@
 """CLNPPlugin: continual learning via neural pruning for any Avalanche strategy (Alg. 1)."""
 
+import copy
 import math
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
+from avalanche.models import MultiHeadClassifier, MultiTaskModule
+from avalanche.models.dynamic_modules import IncrementalClassifier
 from avalanche.models.utils import avalanche_forward, is_multi_task_module
 from avalanche.training.plugins import (
     EarlyStoppingPlugin,
@@ -89,16 +92,19 @@ class CLNPPlugin(SupervisedPlugin):
         but dead units could be cut).
     finetune : FineTune, optional
         Retrain the surviving weights after the cut, and how often to repeat both.
+    expand : {layer name: (below, by)}, optional
+        Widen the layer by ``by`` units (:meth:`expand`) when a next task begins and finds fewer
+        than ``below`` of its units free.
 
     Attributes
     ----------
     history : list of dict
         For each learnt task: its name, the epoch kept (1 is the first) of how many, best, trained
         (of the epoch kept) and pruned validation accuracy, thresholds, new units, how many cuts
-        were evaluated; for each fine-tuning the units and the accuracies before and after; and
+        were evaluated; for each fine-tuning the units and the accuracies before and after;
         ``reused_ablation``: validation accuracy where the task reads no older units but the reused
         ones, its drop from the pruned one, the margin that it is held against, and how many units
-        were cut for it.
+        were cut for it; and ``widened``, the units that layers were widened by before it.
     validation_accuracy : list of float
         Validation accuracy after each epoch of the task in training (or just trained).
 
@@ -137,6 +143,7 @@ class CLNPPlugin(SupervisedPlugin):
         seed: int = 0,
         keep_epoch: str = "last",
         finetune: FineTune | None = None,
+        expand: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
         _choice("keep_epoch", keep_epoch, ("last", "latest-within-margin"))
@@ -152,6 +159,12 @@ class CLNPPlugin(SupervisedPlugin):
         for alpha in l1.values() if isinstance(l1, Mapping) else _as_list(l1):
             if not (math.isfinite(alpha) and alpha >= 0):
                 raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
+        for layer, (below, by) in (expand or {}).items():
+            if below < 1 or by < 1:
+                raise ValueError(
+                    f"expand has {(below, by)} for layer {layer!r}; give (below, by), both at "
+                    "least 1: fewer free units than the first, and as many more as the second"
+                )
         self.margin = margin
         self.l1 = l1
         self.thresholds = thresholds
@@ -162,6 +175,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.seed = seed
         self.keep_epoch = keep_epoch
         self.finetune = finetune
+        self._policy = dict(expand or {})
         self.history: list[dict[str, Any]] = []
         self.validation_accuracy: list[float] = []
         self._network: PartitionedNetwork | None = None
@@ -169,6 +183,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._names: list[Hashable] = []
         self._reused: list[dict[str, int]] = []
         self._sufficiency: list[dict[str, Sufficiency | None]] = []
+        self._widened_by: dict[str, int] = {}  # since the last task
         self._train_data: Any = None
         self._valid_data: Any = None
         self._l1 = L1({}, {})
@@ -268,6 +283,81 @@ class CLNPPlugin(SupervisedPlugin):
             return sufficiency_table(Partition({}), [], [])
         return sufficiency_table(self.partition, self._names, self._sufficiency)
 
+    def expand(self, more: Mapping[str, int]) -> None:
+        """Widen layers between tasks; learnt tasks' logits stay bitwise the same.
+
+        The new units are free, and the next task trains them. Layers tied to the widened one (by a
+        sum, a norm, a grouped convolution), the layers that read it and the heads of all tasks,
+        those to come too, get as many rows and columns. The model's parameters stay the same
+        objects, so the optimizer goes on with them. It is tried on a copy of the model first.
+
+        Parameters
+        ----------
+        more
+            Units to add, by layer. Of layers that are tied the first in forward order is named (as
+            in :meth:`capacity`); of grouped convolutions and group norms a unit is a whole group.
+
+        Raises
+        ------
+        ValueError
+            If a layer is unknown, or a number below 1.
+        UnsupportedNetwork
+            If the model doesn't run with wider layers, or the logits of a learnt task change.
+        RuntimeError
+            Before the first task, or while one is in training.
+
+        Notes
+        -----
+        Whatever is raised, nothing has been changed.
+        """
+        network = self.network
+        network.check_expansion(more)
+        trial = copy.deepcopy(network)
+        trial.expand(more)
+        example = self._kept_example(network.model)
+        try:
+            name = self._names[-1] if self._names else self._current
+            found = find_layout(trial.model, self._forward(name), example)
+        except Exception as error:  # whatever the user's own forward stumbles on
+            raise UnsupportedNetwork(
+                f"the model doesn't run with wider layers ({type(error).__name__}: {error}); its "
+                "forward must take sizes from what it gets (x.flatten(1), not x.view(-1, 512))"
+            ) from error
+        if found.core() != trial.layout.core():
+            raise UnsupportedNetwork(
+                "the model joins its units in another way when its layers are wider; its forward "
+                "must not depend on their sizes"
+            )
+        for index, name in enumerate(self._names):
+            old = network.subnetwork(index, self._forward(name))(example)
+            new = trial.subnetwork(index, self._forward(name))(example)
+            if not torch.equal(old, new):
+                raise UnsupportedNetwork(
+                    f"with {dict(more)} more units the logits of task {name!r} would differ in the "
+                    f"last bits (by up to {float((old - new).abs().max()):.1e}): the kernels for "
+                    "this machine depend on how far apart the weights' rows lie; another number of "
+                    "units (a multiple of 16) may do"
+                )
+        network.expand(more)
+        for layer, units in more.items():
+            self._widened_by[layer] = self._widened_by.get(layer, 0) + units
+
+    def _expand_if_short(self, layout: Layout) -> bool:
+        """Follow the policy before a task; whether any layer has been widened."""
+        unknown = [layer for layer in self._policy if layer not in layout.widths]
+        if unknown:
+            raise ValueError(
+                f"expand names the layer {unknown[0]!r}, but those that can be widened are: "
+                f"{', '.join(layout.widths)}"
+            )
+        if not self._names:
+            return False
+        free = {layer: layout.widths[layer] - used for layer, used in self.network.frontier.items()}
+        more = {layer: by for layer, (below, by) in self._policy.items() if free[layer] < below}
+        if more:
+            self.expand(more)
+        return bool(more)
+
     def _index(self, task: Hashable) -> int:
         """Place of a task in the order of learning (of the newest one of that name)."""
         for index in reversed(range(len(self._names))):
@@ -286,6 +376,17 @@ class CLNPPlugin(SupervisedPlugin):
 
         Free weights aren't in it, since they are drawn anew before each task; so it is as small
         as what has been learnt.
+
+        Notes
+        -----
+        To stop after any task and go on in a new process, bit for bit as if nothing had happened,
+        save this and ``model.state_dict()``. There, build model, strategy and plugin as before,
+        then load *this first* (it widens layers and makes the heads of Avalanche's
+        ``MultiHeadClassifier``, as far as the saved experiment had), the model's own second.
+        The plugin's draws depend on its ``seed`` alone; the order of the data, dropout, and the
+        first weights of heads that Avalanche makes for new tasks come from torch's global
+        generator: seed it before each task, or save ``torch.get_rng_state()`` too. The optimizer
+        has no state between tasks, but a schedule that runs on over tasks is the user's to save.
         """
         network = self.network
         if network.in_training:
@@ -300,6 +401,7 @@ class CLNPPlugin(SupervisedPlugin):
             ],
             "history": [dict(h) for h in self.history],
             "example": self.example_input,
+            "widened_by": dict(self._widened_by),
             "network": network.state_dict(),
         }
 
@@ -312,17 +414,19 @@ class CLNPPlugin(SupervisedPlugin):
             What :meth:`state_dict` gave.
         model
             A network of the same shape, on its device; its weights are overwritten where learnt
-            tasks use them.
+            tasks use them. One that was widened may be as it was before; it is widened again.
 
         Raises
         ------
         ValueError
-            If the network has another shape.
+            If the network has another shape, or lacks the head of a learnt task and isn't one to
+            which Avalanche adds heads (``MultiHeadClassifier``).
         """
         names = list(state["names"])
+        _make_heads(model, state["network"])
         self._by_label = state["by_label"]
         self.example_input = state["example"]
-        example = state["example"].to(next(model.parameters()).device)
+        example = self._kept_example(model)
         forward = self._forward(names[0])
         network = self._build(model, find_layout(model, forward, example), forward, example)
         network.load_state_dict(state["network"])
@@ -335,6 +439,7 @@ class CLNPPlugin(SupervisedPlugin):
             for task in state.get("sufficiency", [{} for _ in names])
         ]
         self.history = [dict(h) for h in state["history"]]
+        self._widened_by = dict(state.get("widened_by", {}))
 
     # -- a task's life ---------------------------------------------------------------------------
 
@@ -394,6 +499,8 @@ class CLNPPlugin(SupervisedPlugin):
         self._refuse_other_model(model)
         if self._network is None or self._network.model is not model:
             self._network = self._build(model, layout, forward, self._example(strategy))
+        if self._expand_if_short(layout):
+            layout = find_layout(model, forward, self._example(strategy))
         network = self._network
         self._checksum = network.checksum()
         leaves = network.begin_task(layout)
@@ -479,8 +586,10 @@ class CLNPPlugin(SupervisedPlugin):
                 "evaluations": cut.evaluations,
                 **({"fine_tuning": tuned} if tuned else {}),
                 "reused_ablation": self._ablation(strategy, before, kept, cut.accuracy),
+                **({"widened": self._widened_by} if self._widened_by else {}),
             }
         )
+        self._widened_by = {}
 
     def _sort_and_cut(
         self, strategy: Any, activity: dict[str, Tensor], best: float
@@ -769,6 +878,11 @@ class CLNPPlugin(SupervisedPlugin):
             self.example_input = torch.stack(rows)
         return self.example_input.to(strategy.device)
 
+    def _kept_example(self, model: nn.Module) -> Tensor:
+        """The batch with which the network has been traced."""
+        assert self.example_input is not None
+        return self.example_input.to(next(model.parameters()).device)
+
     @staticmethod
     def _check_head(model: nn.Module, layout: Layout, experience: Any) -> None:
         """Refuse labels that the head has no output for."""
@@ -884,6 +998,49 @@ def _widened(logits: Tensor, experience: Any) -> Tensor:
     return F.pad(logits, (0, missing), value=MASKED) if missing > 0 else logits
 
 
+def _make_heads(model: nn.Module, network: Mapping[str, Any]) -> None:
+    """Give a fresh model the heads of learnt tasks, which Avalanche makes as tasks come.
+
+    Parameters
+    ----------
+    model
+        The model; changed in place where a ``MultiHeadClassifier`` lacks a head, or has one with
+        fewer outputs.
+    network
+        The state of the network that had them.
+    """
+    for path in dict.fromkeys(head["layer"] for head in network["heads"]):
+        for name, container in list(model.named_modules()):
+            prefix = f"{name}.classifiers." if name else "classifiers."
+            if not isinstance(container, MultiHeadClassifier) or not path.startswith(prefix):
+                continue
+            label, outputs = (
+                path.removeprefix(prefix).split(".")[0],
+                len(network["frozen"][f"{path}.weight"]),
+            )
+            device = next(model.parameters()).device
+            if label not in container.classifiers:
+                container.classifiers[label] = IncrementalClassifier(
+                    container.in_features,
+                    container.starting_out_features,
+                    masking=False,
+                    auto_adapt=False,
+                ).to(device)
+            head = container.classifiers[label]
+            if head.classifier.out_features != outputs:
+                head.classifier = nn.Linear(container.in_features, outputs, device=device)
+            mask = f"active_units_T{label}"
+            units = container._buffers.get(mask)
+            # Which of them are masked, the model's own state knows; without it, none.
+            if units is None or len(units) != outputs or not units.any():
+                kind = torch.int8
+                container.register_buffer(mask, torch.ones(outputs, dtype=kind, device=device))
+            for module in model.modules():
+                if isinstance(module, MultiTaskModule):
+                    module.max_class_label = max(module.max_class_label, outputs)
+                    module.known_train_tasks_labels.add(int(label))
+
+
 def _labels(experience: Any) -> list[int]:
     """Distinct task labels of an experience; none where it has none."""
     labels = getattr(experience, "task_labels", None)
@@ -925,7 +1082,7 @@ class CLNP(SupervisedTemplate):
         As in every Avalanche strategy.
     margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
         As in :class:`CLNPPlugin`.
-    keep_epoch, finetune
+    keep_epoch, finetune, expand
         As in :class:`CLNPPlugin`.
     **base
         What every Avalanche strategy takes: train_mb_size, train_epochs, eval_mb_size, device,
@@ -953,6 +1110,7 @@ class CLNP(SupervisedTemplate):
         seed: int = 0,
         keep_epoch: str = "last",
         finetune: FineTune | None = None,
+        expand: Mapping[str, tuple[int, int]] | None = None,
         plugins: Sequence[Any] | None = None,
         **base: Any,
     ) -> None:
@@ -967,6 +1125,7 @@ class CLNP(SupervisedTemplate):
             seed,
             keep_epoch,
             finetune,
+            expand,
         )
         super().__init__(
             model=model,

@@ -756,3 +756,133 @@ def test_a_state_of_another_network_is_refused() -> None:
         assert network.partition.tasks == 0
         assert network.heads == []
         assert equal_states(snapshot(network.model), kept)
+
+
+# -- widening -------------------------------------------------------------------------------------
+
+MORE = 3
+
+
+def new_entries(network: PartitionedNetwork, group: str, old: dict[str, int]) -> dict[str, Tensor]:
+    """The weights of a widened group's new units: where they are computed, and where read."""
+    units = next(g for g in network.layout.groups if g.name == group)
+    found: dict[str, Tensor] = {}
+    for parts, dim in (((*units.writers, *units.norms), 0), (units.readers, 1)):
+        for part in parts:
+            weight = network.model.get_submodule(part.layer)._parameters["weight"]
+            if weight is not None:
+                first = part.first + old[group] * part.block
+                new = weight.detach().narrow(dim, first, MORE * part.block)
+                found[f"{part.layer} {dim}"] = new.clone()
+    return found
+
+
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_old_logits_stay_and_new_units_train(name: str, single_head: bool) -> None:
+    made, x = learnt(name, single_head), inputs(name)
+    for group in made.layout.widths:
+        widen_and_train(copy.deepcopy(made), group, x)
+
+
+def widen_and_train(network: PartitionedNetwork, group: str, x: Tensor) -> None:
+    single_head = network.single_head
+    before, old = [logits(network, task, x) for task in range(2)], dict(network.layout.widths)
+    identities = {key: id(p) for key, p in network.model.named_parameters()}
+    network.expand({group: MORE})
+    assert network.partition.widths == network.layout.widths == {**old, group: old[group] + MORE}
+    assert network.partition.widths_then == [old, old]
+    for task in range(4):  # the heads of tasks to come too
+        found = find_layout(network.model, call_of(task), x)
+        assert found.core() == network.layout.core()
+    assert find_layout(network.model, call_of(0 if single_head else 1), x) == network.layout
+    assert {key: id(p) for key, p in network.model.named_parameters()} == identities
+
+    def unchanged() -> bool:
+        return all(
+            torch.equal(logits(network, task, x), expected) for task, expected in enumerate(before)
+        )
+
+    assert unchanged()
+    train(network, "adam", x, steps=0)
+    drawn = new_entries(network, group, old)
+    assert unchanged()
+    train(network, "adam", x)
+    trained = new_entries(network, group, old)
+    assert unchanged()
+    assert drawn
+    for key, weight in trained.items():
+        assert not torch.equal(weight, drawn[key]), key
+
+
+@pytest.mark.parametrize("single_head", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_all_groups_at_once_and_again(name: str, single_head: bool) -> None:
+    network, x = learnt(name, single_head), inputs(name)
+    before = [logits(network, task, x) for task in range(2)]
+    old = dict(network.layout.widths)
+    for each in (1, 2):
+        network.expand(dict.fromkeys(old, each))
+    assert network.layout.widths == {group: width + 3 for group, width in old.items()}
+    assert find_layout(network.model, call_of(0 if single_head else 1), x) == network.layout
+    train(network, "sgd", x)
+    for task, expected in enumerate(before):
+        assert torch.equal(logits(network, task, x), expected)
+
+
+def test_channels_last_stays_channels_last() -> None:
+    network, x = learnt("conv head", single_head=True), inputs("conv head")
+    network.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = logits(network, 0, x)
+    network.expand({"3": MORE})
+    weight = network.model.get_submodule("3").weight
+    assert isinstance(weight, Tensor)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(logits(network, 0, x), before)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_widened_state_widens_a_fresh_network(name: str) -> None:
+    for single_head in (True, False):
+        network, x = learnt(name, single_head), inputs(name)
+        group = next(iter(network.layout.widths))
+        network.expand({group: MORE})
+        file = io.BytesIO()
+        torch.save(network.state_dict(), file)
+        file.seek(0)
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        other = partitioned(name, single_head, seed=1)
+        other.load_state_dict(state)
+        assert other.partition == network.partition
+        for task in range(2):
+            assert torch.equal(logits(other, task, x), logits(network, task, x))
+
+
+def test_only_what_was_widened_is_widened_again() -> None:
+    state = learnt("mlp", single_head=True).state_dict()
+    narrow = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3))
+    )
+    layout = find_layout(narrow, call_of(0), inputs("mlp"))
+    network = PartitionedNetwork(narrow, layout, single_head=True)
+    with pytest.raises(ValueError, match="the state is of a network with layers"):
+        network.load_state_dict(state)
+    assert network.layout.widths["1"] == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"nowhere": 1}, "no group of units 'nowhere'.*the groups are: 1, 3"),
+        ({"1": 2, "5": 1}, "no group of units '5'"),
+        ({"1": 0}, "layer '1' is to get 0 units"),
+        ({"3": 2, "1": -1}, "layer '1' is to get -1 units"),
+    ],
+)
+def test_what_cannot_be_widened_is_refused(more: dict[str, int], message: str) -> None:
+    network = learnt("mlp", single_head=True)
+    kept, layout = snapshot(network.model), network.layout
+    with pytest.raises(ValueError, match=message):
+        network.expand(more)
+    assert network.layout == layout
+    assert equal_states(snapshot(network.model), kept)

@@ -841,3 +841,188 @@ def test_a_full_multi_head_core_trains_the_new_head_alone() -> None:
     for task in (1, 2):
         first, *_, last = [weight for t, weight in heads if t == task]
         assert not torch.equal(first, last)
+
+
+# -- widening -------------------------------------------------------------------------------------
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def finished(model: nn.Module, tasks: int = 2, **options: Any) -> tuple[Any, CLNPPlugin, Any]:
+    shape = IMAGE if isinstance(model, MultiHead) or "Conv" in str(model) else (FEATURES,)
+    plugin, stream = CLNPPlugin(margin=0.1, l1=1e-3, **options), benchmark(4, shape).train_stream
+    trainer = strategy(model, plugin)
+    for task in range(tasks):
+        trainer.train(stream[task], eval_streams=[])
+    return trainer, plugin, stream
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam fused", "sgd", "rmsprop"])
+def test_the_optimizer_goes_on(optimizer: str) -> None:
+    """Its parameters and its state are as they were, and what has another shape is no trap."""
+    model, extra = mlp(), nn.Parameter(torch.zeros(3))
+    made = OPTIMIZERS[optimizer]([*model.parameters(), extra])
+    plugin, stream = CLNPPlugin(margin=0.1, l1=1e-3), benchmark().train_stream
+    trainer = strategy(model, plugin, optimizer=lambda _: made)
+    trainer.train(stream[0], eval_streams=[])
+    x = blobs(0, 9, (FEATURES,))[0]
+    before, lr = plugin.subnetwork(0)(x), made.param_groups[0]["lr"]
+    made.param_groups[0]["lr"] = 0.0  # a step of the user's own, between tasks
+    for parameter in (*model.parameters(), extra):
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    made.param_groups[0]["lr"] = lr
+    state, groups = copy.deepcopy(made.state_dict()), list(made.param_groups[0]["params"])
+    assert len(state["state"]) == len(groups)
+    plugin.expand({"0": 5, "2": 4})
+    assert list(map(id, made.param_groups[0]["params"])) == list(map(id, groups))
+    for key, values in made.state_dict()["state"].items():
+        for name, value in values.items():
+            old = state["state"][key][name]
+            assert torch.equal(value, old) if isinstance(value, Tensor) else value == old
+    assert torch.equal(plugin.subnetwork(0)(x), before)
+    trainer.train(stream[1], eval_streams=[])
+    assert torch.equal(plugin.subnetwork(0)(x), before)
+    assert_no_interference(plugin)
+
+
+def test_a_table_tells_the_width_of_its_time() -> None:
+    trainer, plugin, stream = finished(mlp(24))
+    before = plugin.capacity()
+    plugin.expand({"0": 8})
+    assert plugin.capacity().equals(before)
+    trainer.train(stream[2], eval_streams=[])
+    after = plugin.capacity()
+    assert after[:4].equals(before)
+    row = after[(after.task == 2) & (after.layer == "0")].iloc[0]
+    assert row.used + row.free == 32
+    assert row.used_fraction == row.used / 32
+    assert [entry.get("widened") for entry in plugin.history] == [None, None, {"0": 8}]
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        (lambda: MTSimpleMLP(input_size=FEATURES, hidden_size=20), "features.0"),
+        (lambda: as_multitask(nn.Sequential(*mlp(9)[:2], nn.Linear(9, 3)), "2"), "model.0"),
+        (MultiHead, "features.5"),
+    ],
+)  # fmt: skip
+def test_heads_that_come_later_are_as_wide(network: Any, layer: str) -> None:
+    trainer, plugin, stream = finished(network())
+    x = blobs(0, 9, IMAGE if network is MultiHead else (FEATURES,))[0]
+    before = [plugin.subnetwork(task)(x) for task in range(2)]
+    plugin.expand({layer: 6})
+    trainer.train(stream[2], eval_streams=[])
+    trainer.train(stream[3], eval_streams=[])
+    assert plugin.tasks == [0, 1, 2, 3]
+    for task, expected in enumerate(before):
+        assert torch.equal(plugin.subnetwork(task)(x), expected)
+
+
+def test_between_tasks_alone() -> None:
+    with pytest.raises(RuntimeError, match="no network yet"):
+        CLNPPlugin().expand({"0": 1})
+
+    class Meddle(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            plugin.expand({"0": 1})
+
+    plugin = CLNPPlugin()
+    with pytest.raises(RuntimeError, match="a task is in training"):
+        strategy(mlp(), plugin, Meddle()).train(benchmark().train_stream[0], eval_streams=[])
+
+
+def test_a_model_with_its_width_written_into_it_is_refused() -> None:
+    class Stiff(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(IMAGE[0], 8, 3), nn.Linear(8 * 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.conv(x))[:, :8].flatten(1))  # type: ignore[no-any-return]
+
+    model = Stiff()
+    _, plugin, _ = finished(model)
+    kept, layout = copy.deepcopy(model.state_dict()), plugin.network.layout
+    with pytest.raises(UnsupportedNetwork, match="doesn't run with wider layers"):
+        plugin.expand({"conv": 2})
+    assert plugin.network.layout == layout
+    assert same(model.state_dict(), kept)
+
+
+# -- depletion -------------------------------------------------------------------------------------
+
+
+def test_the_remedy_for_a_full_single_head_works() -> None:
+    plugin, stream = CLNPPlugin(margin=0.0, l1=0.0), benchmark().train_stream
+    model, steps = mlp(2), []
+
+    class Count(SupervisedPlugin):  # type: ignore[misc]
+        def before_training_iteration(self, strategy: Any, **_: Any) -> None:
+            steps.append(strategy.clock.train_exp_counter)
+
+    trainer = strategy(model, plugin, Count())
+    trainer.train(stream[0], eval_streams=[])
+    if plugin.network.frontier["2"] < 2:
+        trainer.train(stream[1], eval_streams=[])
+    kept, done = copy.deepcopy(model.state_dict()), len(steps)
+    with pytest.raises(CapacityExhausted, match=r"'2' \(2 units.*plugin\.expand\(\{'2': n\}\)"):
+        trainer.train(stream[2], eval_streams=[])
+    assert len(steps) == done
+    assert same(model.state_dict(), kept)
+    x = blobs(0, 9, (FEATURES,))[0]
+    before = plugin.subnetwork(0)(x)
+    plugin.expand({"2": 4})
+    trainer.train(stream[2], eval_streams=[])
+    assert torch.equal(plugin.subnetwork(0)(x), before)
+
+
+def test_a_full_core_of_several_heads_trains_the_new_head_to_some_use() -> None:
+    model = MTSimpleMLP(input_size=FEATURES, hidden_size=8)
+    plugin = CLNPPlugin(margin=0.0, l1=0.0)
+    trainer = strategy(model, plugin, epochs=30)
+    stream = benchmark(tasks=2).train_stream
+    trainer.train(stream[0], eval_streams=[])
+    used = plugin.network.frontier
+    plugin.partition.frontiers["features.0"][-1] = 8  # whatever the cut, the core is full now
+    assert used
+    core = copy.deepcopy(model.state_dict())
+    trainer.train(stream[1], eval_streams=[])
+    for key, tensor in core.items():
+        if not key.startswith("classifier.classifiers.1."):
+            assert torch.equal(model.state_dict()[key], tensor), key
+    x, y = blobs(1, 99, (FEATURES,))
+    right = (plugin.subnetwork(1)(x).argmax(1) == y).double().mean()
+    assert right > 0.6
+    assert list(plugin.capacity().new)[1] == 0
+
+
+# -- the policy ------------------------------------------------------------------------------------
+
+
+def test_the_policy_widens_before_a_task_that_finds_too_few_units() -> None:
+    trainer, plugin, stream = finished(mlp(6), tasks=0, expand={"2": (6, 5)})
+    trainer.train(stream[0], eval_streams=[])
+    assert plugin.partition.widths == {"0": 6, "2": 6}
+    assert plugin.network.frontier["2"] > 0
+    trainer.train(stream[1], eval_streams=[])
+    assert plugin.partition.widths == {"0": 6, "2": 11}
+    assert [entry.get("widened") for entry in plugin.history] == [None, {"2": 5}]
+    plugin._policy = {"2": (1, 5)}
+    free = 11 - plugin.network.frontier["2"]
+    trainer.train(stream[2], eval_streams=[])
+    assert plugin.partition.widths["2"] == (11 if free else 16)
+
+
+def test_a_policy_that_cannot_be_followed_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"expand has \(0, 3\) for layer '0'"):
+        CLNPPlugin(expand={"0": (0, 3)})
+    plugin = CLNPPlugin(expand={"first": (1, 3)})
+    model = mlp()
+    kept = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"expand names the layer 'first'.*0, 2"):
+        strategy(model, plugin).train(benchmark().train_stream[0], eval_streams=[])
+    assert same(model.state_dict(), kept)
