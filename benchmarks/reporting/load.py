@@ -33,6 +33,13 @@ METHODS = {
 }
 """Names for readers, in the order of the rows: the paper's Table 1 first."""
 
+SEARCH = (
+    *("task", "candidate", "l1", "lr", "epoch"),
+    *("best_validation", "trained_validation", "pruned_validation", "within_margin"),
+    *("new", "new_share", "new_weights", "chosen", "train_seconds", "scan_seconds"),
+)
+"""What a row of a search's table holds."""
+
 Targets = dict[str, Any]
 
 
@@ -62,6 +69,8 @@ class Cell:
     """R, shape (tasks, tasks): test accuracy (%) on task j after task i; NaN if not measured."""
     capacity: pd.DataFrame
     """Columns task, layer, used, new, reused, free, used_fraction; no rows without capacity."""
+    search: pd.DataFrame
+    """All candidates of grid searches, as in `clnp.search`; no rows without a search."""
     drift: float
     """Largest logit drift over the tasks; NaN if none was measured."""
     trainable: int
@@ -100,6 +109,7 @@ def decode(record: dict[str, Any]) -> Cell:
         hash=record["hash"],
         test=100 * np.array(record["accuracy"]["test"], dtype=np.float64),
         capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
+        search=pd.DataFrame([{c: row[c] for c in SEARCH} for row in record.get("search", [])]),
         drift=float(max(drift)) if drift else float("nan"),
         trainable=int(record["parameters"]["trainable"]),
         stored=int(record["parameters"]["stored"]),
