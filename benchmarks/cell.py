@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -116,6 +117,13 @@ class Monitor(SupervisedPlugin):
         self._steps = 0
         self._started = 0.0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
+        """Watch a candidate of a search: the same listener, the candidate's own learner."""
+        watching = Monitor(self.announce)
+        memo[id(self)] = watching
+        watching.learner = copy.deepcopy(self.learner, memo)
+        return watching
+
     def before_training_epoch(self, _strategy: Any, **_: Any) -> None:
         """Begin a new sum."""
         self._sum, self._steps, self._started = 0.0, 0, time.perf_counter()
@@ -142,6 +150,7 @@ class Monitor(SupervisedPlugin):
                 "epochs": strategy.train_epochs,
                 "loss": loss,
                 "validation": measured[-1] if measured else None,
+                "candidate": self.learner.candidate() if self.learner else None,
                 "seconds": time.perf_counter() - self._started,
             }
         )
@@ -301,9 +310,7 @@ def run(
     for task in range(len(seconds), cell.experiment.tasks):
         began = time.perf_counter()
         RNGManager.set_random_seeds(derive(cell.seed, "noise", task))
-        learner.strategy.train(
-            scenario.streams["train"][task], eval_streams=[], reset_optimizer_state=True
-        )
+        learner.train(scenario.streams["train"][task])
         train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
             accuracy[name].append(measure(learner.strategy, stream, task + 1))
@@ -356,6 +363,7 @@ def run(
         "environment": environment(device),
         "git": git,
         "history": learner.history(),
+        "search": learner.search(),
     }
     announce({"event": "end", **{key: record[key] for key in ("accuracy", "logit_drift")}})
     return record

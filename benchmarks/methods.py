@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, derive
 from benchmarks.scenarios import ResidentData
-from clnp import CLNPPlugin, FineTune
+from clnp import CLNPPlugin, FineTune, search
 
 State = dict[str, Any]
 
@@ -85,9 +85,21 @@ class CLNPSettings(Settings):
     """L1 strength of each layer while fine-tuning; none: as in training."""
     finetune_iterations: int = 1
     """How often to cut and fine-tune."""
+    grid_l1: tuple[tuple[float, ...], ...] = ()
+    """L1 strengths to try, each in the form of `l1`; none: `l1` alone."""
+    grid_lr: tuple[float, ...] = ()
+    """Learning rates to try; none: `lr` alone."""
+    grid_tasks: Literal["first", "each"] = "first"
+    """Whether the first task alone is searched for, and the others use what it chose, or each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("grid_l1", "grid_lr"):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), name, values, "a list of different values")
+        for alphas in self.grid_l1:
+            _require(all(alpha >= 0 for alpha in alphas), "grid_l1", self.grid_l1, "not negative")
+        _require(all(lr > 0 for lr in self.grid_lr), "grid_lr", self.grid_lr, "positive")
         _require(0 <= self.margin < 1, "margin", self.margin, "within [0, 1)")
         _require(all(alpha >= 0 for alpha in self.l1), "l1", self.l1, "not negative")
         _require(self.finetune_epochs >= 0, "finetune_epochs", self.finetune_epochs, "at least 0")
@@ -97,8 +109,13 @@ class CLNPSettings(Settings):
         """What is asked for of fine-tuning."""
         if self.finetune_epochs == 0:
             return None
-        l1 = self.finetune_l1[0] if len(self.finetune_l1) == 1 else self.finetune_l1 or None
+        l1 = _alphas(self.finetune_l1) if self.finetune_l1 else None
         return FineTune(self.finetune_epochs, self.finetune_lr, l1, self.finetune_iterations)
+
+
+def _alphas(values: tuple[float, ...]) -> float | tuple[float, ...]:
+    """Return L1 strengths as the plugin takes them: one number for all layers, or one for each."""
+    return values[0] if len(values) == 1 else values
 
 
 def _require(true: bool, setting: str, value: object, must: str) -> None:
@@ -195,6 +212,10 @@ class Learner:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
 
+    def train(self, experience: Any) -> None:
+        """Learn an experience, with a fresh optimizer state."""
+        self.strategy.train(experience, eval_streams=[], reset_optimizer_state=True)
+
     def state(self) -> State:
         """Return what the coming tasks need of the past ones (tensors, numbers, lists, dicts).
 
@@ -217,6 +238,14 @@ class Learner:
     def history(self) -> list[dict[str, Any]]:
         """Return what the method has to tell about each learnt task, as JSON values."""
         return []
+
+    def search(self) -> list[dict[str, Any]]:
+        """Return all candidates of all searches for hyperparameters, as JSON values."""
+        return []
+
+    def candidate(self) -> int | None:
+        """Return the place in the grid of the candidate in training; None outside a search."""
+        return None
 
     def validation_accuracy(self) -> list[float]:
         """Return the validation accuracy after each epoch of the running task, if measured."""
@@ -262,19 +291,39 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 class CLNPLearner(Learner):
-    """The network under CLNP."""
+    """The network under CLNP, with a grid search for the first task or each if settings ask."""
 
-    def __init__(self, strategy: Any, plugin: CLNPPlugin) -> None:
+    def __init__(self, strategy: Any, plugin: CLNPPlugin, settings: CLNPSettings) -> None:
         super().__init__(strategy)
         self.plugin = plugin
+        self.settings = settings
+
+    def train(self, experience: Any) -> None:
+        """Learn an experience, or the best of the grid on it."""
+        asked = self.settings
+        first = not self.plugin.tasks
+        if not (asked.grid_l1 or asked.grid_lr) or not (first or asked.grid_tasks == "each"):
+            super().train(experience)
+            return
+        search(
+            self.strategy,
+            experience,
+            l1=[_alphas(values) for values in asked.grid_l1] or None,
+            lr=asked.grid_lr or None,
+            eval_streams=[],
+            reset_optimizer_state=True,
+        )
 
     def state(self) -> State:
-        """Return the plugin's state, which holds the used part of the weights."""
-        return dict(self.plugin.state_dict())
+        """Return the plugin's state, which holds the used part of the weights, and the rate."""
+        rates = [group["lr"] for group in self.strategy.optimizer.param_groups]
+        return {"plugin": dict(self.plugin.state_dict()), "lr": rates}
 
     def restore(self, state: State) -> None:
-        """Give the state back to the plugin, which writes the weights."""
-        self.plugin.load_state_dict(state, self.strategy.model)
+        """Give the state back to the plugin, which writes the weights, and to the optimizer."""
+        self.plugin.load_state_dict(state["plugin"], self.strategy.model)
+        for group, lr in zip(self.strategy.optimizer.param_groups, state["lr"], strict=True):
+            group["lr"] = lr
 
     def capacity(self) -> list[dict[str, Any]]:
         """Return the rows of `CLNPPlugin.capacity`."""
@@ -287,6 +336,14 @@ class CLNPLearner(Learner):
     def history(self) -> list[dict[str, Any]]:
         """Return the plugin's account of each task."""
         return list(self.plugin.history)
+
+    def search(self) -> list[dict[str, Any]]:
+        """Return the rows of the tables of `clnp.search`."""
+        return list(self.plugin.candidates)
+
+    def candidate(self) -> int | None:
+        """Return which copy this is, when a search has copied it."""
+        return self.plugin.candidate
 
     def validation_accuracy(self) -> list[float]:
         """Return what the plugin has measured after each epoch."""
@@ -338,11 +395,19 @@ class Method(Generic[S]):
 def _change(settings: S, name: str, value: str) -> S:
     """Return settings with one of them changed to what a text says, such as ``"1e-5,1e-4"``."""
     kind = get_type_hints(type(settings))[name]
+    inner = get_args(kind)[:1]
     try:
-        parsed = tyro.cli(kind, args=value.split(","), console_outputs=False)
+        if inner and get_args(inner[0]):  # a list of lists: "1e-7,1e-5;1e-6,1e-4"
+            parsed: Any = tuple(_parsed(inner[0], part) for part in value.split(";"))
+        else:
+            parsed = _parsed(kind, value)
     except SystemExit:
         raise UserError(f"{value!r} is no value for the setting {name} ({kind}).") from None
     return dataclasses.replace(settings, **{name: parsed})
+
+
+def _parsed(kind: Any, value: str) -> Any:
+    return tyro.cli(kind, args=value.split(","), console_outputs=False)
 
 
 def _finetune(setup: Setup, settings: Settings) -> Learner:
@@ -357,7 +422,7 @@ def _single_task(setup: Setup, settings: Settings) -> Learner:
 def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
     plugin = CLNPPlugin(
         margin=settings.margin,
-        l1=settings.l1[0] if len(settings.l1) == 1 else settings.l1,
+        l1=_alphas(settings.l1),
         thresholds=settings.thresholds,
         head_bias=settings.head_bias,
         keep_epoch=settings.keep_epoch,
@@ -365,7 +430,7 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
         valid_stream=setup.scenario.streams["valid"],
         seed=derive(setup.seed, "clnp"),
     )
-    return CLNPLearner(setup.strategy(settings, [plugin]), plugin)
+    return CLNPLearner(setup.strategy(settings, [plugin]), plugin, settings)
 
 
 METHODS: dict[str, Method[Any]] = {

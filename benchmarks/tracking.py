@@ -102,8 +102,11 @@ class View:
                     self.line(f"{event['cell']} failed: {event['error']}")
 
     def _epoch(self, event: Event) -> None:
+        candidate = event["candidate"]
         detail = (
-            f"task {event['task'] + 1}/{self._tasks} epoch {event['epoch'] + 1}/{event['epochs']} "
+            f"task {event['task'] + 1}/{self._tasks} "
+            f"{'' if candidate is None else f'candidate {candidate} '}"
+            f"epoch {event['epoch'] + 1}/{event['epochs']} "
             f"loss {event['loss']:.4f}"
         )
         if event["validation"] is not None:
@@ -218,7 +221,7 @@ class Mirror:
 
         match event["event"]:
             case "epoch":
-                keys = ("task", "epoch", "loss", "validation", "seconds")
+                keys = ("task", "candidate", "epoch", "loss", "validation", "seconds")
                 values = {f"epoch/{key}": event[key] for key in keys if event[key] is not None}
                 self._run.log(values)
             case "task":

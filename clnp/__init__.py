@@ -10,6 +10,7 @@ from clnp.errors import CapacityExhausted, CLNPError, Incompatible, UnsupportedN
 from clnp.finetune import FineTune
 from clnp.metrics import LogitDrift
 from clnp.plugin import CLNP, CLNPPlugin
+from clnp.search import search
 
 __all__ = [
     "CLNP",
@@ -20,6 +21,7 @@ __all__ = [
     "Incompatible",
     "LogitDrift",
     "UnsupportedNetwork",
+    "search",
 ]
 
 __version__ = "0.1.0"

@@ -3,9 +3,9 @@
 import copy
 import math
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -57,6 +57,53 @@ PROBE = 16
 COMPATIBLE = (EvaluationPlugin, LRSchedulerPlugin, EarlyStoppingPlugin, Clock, PeriodicEval)
 """Avalanche's own plugins that neither read nor write what CLNP freezes."""
 
+Alphas = float | Sequence[float] | Mapping[str, float]
+"""alpha: one for all layers, one for each in forward order (the head last), or by name."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the training of a task gave, before anything is cut.
+
+    Attributes
+    ----------
+    validation
+        Validation accuracy after each epoch.
+    epoch
+        The epoch whose weights these are; 1 is the first.
+    activity : {group: (width,)}
+        Mean activity of each unit, in the places of the training.
+    tensors
+        Copies of all that the training changed, on the CPU; none where it stands in the network.
+    """
+
+    validation: list[float]
+    epoch: int
+    activity: dict[str, Tensor]
+    tensors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Where a trained network can be cut; its units are sorted, and nothing is frozen yet.
+
+    Attributes
+    ----------
+    outcome
+        What was trained.
+    best
+        The validation accuracy from which the margin counts.
+    cut
+        How far the layers can be cut.
+    activity : {group: (width,)}
+        Mean activity of each unit, in the order of the sorted units.
+    """
+
+    outcome: Outcome
+    best: float
+    cut: Cut
+    activity: dict[str, Tensor]
+
 
 class CLNPPlugin(SupervisedPlugin):
     """Learn task after task in one network, with exactly zero forgetting.
@@ -99,14 +146,21 @@ class CLNPPlugin(SupervisedPlugin):
     Attributes
     ----------
     history : list of dict
-        For each learnt task: its name, the epoch kept (1 is the first) of how many, best, trained
-        (of the epoch kept) and pruned validation accuracy, thresholds, new units, how many cuts
-        were evaluated; for each fine-tuning the units and the accuracies before and after;
-        ``reused_ablation``: validation accuracy where the task reads no older units but the reused
-        ones, its drop from the pruned one, the margin that it is held against, and how many units
-        were cut for it; and ``widened``, the units that layers were widened by before it.
+        For each learnt task: its name, the epoch kept (1 is the first) of how many, best (of the
+        epochs, or of the whole grid), trained (of the epoch kept) and pruned validation accuracy,
+        thresholds, new units, how many cuts were evaluated; for each fine-tuning the units and the
+        accuracies before and after; ``reused_ablation``: validation accuracy where the task reads
+        no older units but the reused ones, its drop from the pruned one, the margin that it is held
+        against, and how many units were cut for it; and ``widened``, the units that layers were
+        widened by before it.
     validation_accuracy : list of float
         Validation accuracy after each epoch of the task in training (or just trained).
+    candidates : list of dict
+        All candidates of all searches, as rows of the table that :func:`clnp.search` returns.
+    candidate : int or None
+        In a copy that a search trains: the candidate's place in the grid.
+    task_margin : float
+        m of the task in training (or just trained).
 
     Raises
     ------
@@ -134,7 +188,7 @@ class CLNPPlugin(SupervisedPlugin):
     def __init__(
         self,
         margin: float | Sequence[float] = 0.0005,
-        l1: float | Sequence[float] | Mapping[str, float] = 1e-5,
+        l1: Alphas = 1e-5,
         thresholds: str = "per-layer",
         valid_stream: Any = None,
         example_input: Tensor | None = None,
@@ -156,9 +210,7 @@ class CLNPPlugin(SupervisedPlugin):
                     f"margin is {m}, but it is a share of accuracy in [0, 1): 0.0005 allows a drop "
                     "of 0.05 points"
                 )
-        for alpha in l1.values() if isinstance(l1, Mapping) else _as_list(l1):
-            if not (math.isfinite(alpha) and alpha >= 0):
-                raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
+        check_alphas(l1)
         for layer, (below, by) in (expand or {}).items():
             if below < 1 or by < 1:
                 raise ValueError(
@@ -166,7 +218,7 @@ class CLNPPlugin(SupervisedPlugin):
                     "least 1: fewer free units than the first, and as many more as the second"
                 )
         self.margin = margin
-        self.l1 = l1
+        self.l1: Alphas = l1
         self.thresholds = thresholds
         self.valid_stream = valid_stream
         self.example_input = example_input
@@ -178,6 +230,10 @@ class CLNPPlugin(SupervisedPlugin):
         self._policy = dict(expand or {})
         self.history: list[dict[str, Any]] = []
         self.validation_accuracy: list[float] = []
+        self.candidates: list[dict[str, Any]] = []
+        self.candidate: int | None = None
+        self.checked_too: Sequence[Alphas] = ()
+        self.decide: Callable[[Any], Scan | None] | None = None
         self._network: PartitionedNetwork | None = None
         self._by_label: bool | None = None
         self._names: list[Hashable] = []
@@ -188,7 +244,7 @@ class CLNPPlugin(SupervisedPlugin):
         self._valid_data: Any = None
         self._l1 = L1({}, {})
         self._optimizer: tuple[Optimizer, list[list[nn.Parameter]]] | None = None
-        self._task_margin = 0.0
+        self.task_margin = 0.0
         self._kept: LatestWithinMargin | None = None
         self._current: Hashable = None
         self._checksum = 0
@@ -375,7 +431,8 @@ class CLNPPlugin(SupervisedPlugin):
         """Everything that learnt tasks need, between tasks: plain tensors, numbers and lists.
 
         Free weights aren't in it, since they are drawn anew before each task; so it is as small
-        as what has been learnt.
+        as what has been learnt. After a search alpha is in it (the optimizer has the learning
+        rate).
 
         Notes
         -----
@@ -400,6 +457,8 @@ class CLNPPlugin(SupervisedPlugin):
                 for task in self._sufficiency
             ],
             "history": [dict(h) for h in self.history],
+            "candidates": [dict(row) for row in self.candidates],
+            "l1": plain(self.l1) if self.candidates else None,
             "example": self.example_input,
             "widened_by": dict(self._widened_by),
             "network": network.state_dict(),
@@ -440,6 +499,9 @@ class CLNPPlugin(SupervisedPlugin):
         ]
         self.history = [dict(h) for h in state["history"]]
         self._widened_by = dict(state.get("widened_by", {}))
+        self.candidates = [dict(row) for row in state.get("candidates", [])]
+        if state.get("l1") is not None:
+            self.l1 = state["l1"]
 
     # -- a task's life ---------------------------------------------------------------------------
 
@@ -493,9 +555,11 @@ class CLNPPlugin(SupervisedPlugin):
         model, forward = strategy.model, self._forward(name)
         layout = find_layout(model, forward, self._example(strategy))
         self._check_head(model, layout, strategy.experience)
-        alphas, self._task_margin = self._alphas(layout, self.l1), self._margin(len(self._names))
+        alphas, self.task_margin = self._alphas(layout, self.l1), self._margin(len(self._names))
         if self.finetune is not None and self.finetune.l1 is not None:
             self._alphas(layout, self.finetune.l1)  # a wrong one is found before training
+        for l1 in self.checked_too:
+            self._alphas(layout, l1)
         self._refuse_other_model(model)
         if self._network is None or self._network.model is not model:
             self._network = self._build(model, layout, forward, self._example(strategy))
@@ -509,7 +573,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.validation_accuracy = []
         self._kept = None
         if self.keep_epoch == "latest-within-margin":
-            self._kept = LatestWithinMargin(network.trained_tensors(), self._task_margin)
+            self._kept = LatestWithinMargin(network.trained_tensors(), self.task_margin)
         self._task_view.enter_context(network.view(network.training_view))
 
     def before_update(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -527,30 +591,110 @@ class CLNPPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Measure activity, sort the task's units by it, cut, sever and freeze."""
-        network = self.network
+        if self.decide is None:
+            outcome = self.end_training(strategy)
+            scan: Scan | None = self.scan(strategy, outcome, max(outcome.validation))
+        else:
+            scan = self.decide(strategy)
+        if scan is not None:
+            self._learn(strategy, scan)
+        self._train_data = self._valid_data = None
+
+    # What a search takes a task's end apart into: `decide`, in place of the lines above.
+
+    def end_training(self, strategy: Any, copies: bool = False) -> Outcome:
+        """Keep the epoch to keep, measure its activity, and put the full parameters back.
+
+        Parameters
+        ----------
+        strategy
+            The strategy that has just trained the task.
+        copies
+            Whether the outcome gets copies of what was trained.
+        """
+        network, kept = self.network, self._kept
         if not self.validation_accuracy:  # a training of no epoch
             self._validate(strategy)
-        if self._kept is not None and self._kept.epoch < len(self.validation_accuracy):
-            self._kept.restore()
-        start = network.training_view.start
+        epochs = len(self.validation_accuracy)
+        if kept is not None and kept.epoch < epochs:
+            kept.restore()
         activity = Activity(network.layout)
-        with activity.measure(network.model, start):
+        with activity.measure(network.model, network.training_view.start):
             for _ in self._outputs(strategy, self._train_data):
                 pass
+        outcome = Outcome(
+            list(self.validation_accuracy),
+            epochs if kept is None else kept.epoch,
+            activity.means(),
+            tuple(t.detach().cpu().clone() for t in self._trained()) if copies else (),
+        )
+        self.end_without_outcome()
+        return outcome
+
+    def end_without_outcome(self) -> None:
+        """Put the full parameters back, and check what is frozen."""
+        self._kept = None
         self._release()
         self._verify()
-        self._cut(strategy, activity.means())
-        self._train_data = self._valid_data = self._kept = None
 
-    def _cut(self, strategy: Any, activity: dict[str, Tensor]) -> None:
-        """Cut the units that the task doesn't need, fine-tune the others if asked to, and freeze.
+    def _trained(self) -> list[Tensor]:
+        """All that the training of a task changes in the model."""
+        counters = [
+            buffer
+            for name, buffer in self.network.model.named_buffers()
+            if name.endswith("num_batches_tracked")
+        ]
+        return [*self.network.trained_tensors(), *counters]
+
+    @torch.no_grad()
+    def place(self, outcome: Outcome) -> None:
+        """Put what another training of this task gave into the network; nothing of it is cut.
+
+        Parameters
+        ----------
+        outcome
+            An outcome with tensors. The task isn't in training (see :meth:`end_training`).
+        """
+        network = self.network
+        network.train_units(dict(network.layout.widths))
+        try:
+            for tensor, copied in zip(self._trained(), outcome.tensors, strict=True):
+                tensor.copy_(copied)
+        finally:
+            network.end_task()
+        self.validation_accuracy = list(outcome.validation)
+
+    def sort(self, activity: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move free units into the order of falling activity; the activities in that order."""
+        before = self.network.frontier
+        orders = {name: sorting(a, before[name]) for name, a in activity.items()}
+        self.network.sort(orders)
+        return {name: a[orders[name]] for name, a in activity.items()}
+
+    def scan(self, strategy: Any, outcome: Outcome, best: float) -> Scan:
+        """Sort the units of what stands in the network, and find where to cut them.
+
+        Parameters
+        ----------
+        strategy
+            Evaluates.
+        outcome
+            What stands in the network, its units unsorted.
+        best
+            The validation accuracy from which the margin counts.
+        """
+        cut, activity = self._sort_and_cut(strategy, outcome.activity, best)
+        return Scan(outcome, best, cut, activity)
+
+    def _learn(self, strategy: Any, scan: Scan) -> None:
+        """Fine-tune what survives the cut if asked to, freeze it, and remember the task.
 
         The margin counts from the best validation accuracy so far. After the last fine-tuning only
         dead units go.
         """
-        network = self.network
-        before, best = network.frontier, max(self.validation_accuracy)
-        cut, activity = self._sort_and_cut(strategy, activity, best)
+        network, outcome = self.network, scan.outcome
+        before, best = network.frontier, scan.best
+        cut, activity = scan.cut, scan.activity
         tuned: list[dict[str, Any]] = []
         rounds = 0 if self.finetune is None else self.finetune.iterations
         for left in reversed(range(rounds)):
@@ -571,15 +715,13 @@ class CLNPPlugin(SupervisedPlugin):
         kept = reused(modules, layout, before, cut.used, start, activity)
         self._reused.append({layer: int(units.sum()) for layer, units in kept.items()})
         self._sufficiency.append(sufficiency(modules, layout, before, cut.used, activity))
-        epochs = len(self.validation_accuracy)
-        epoch = self._kept.epoch if self._kept is not None else epochs
         self.history.append(
             {
                 "task": name,
-                "epoch": epoch,
-                "epochs": epochs,
-                "best_validation": max(self.validation_accuracy),
-                "trained_validation": self.validation_accuracy[epoch - 1],
+                "epoch": outcome.epoch,
+                "epochs": len(outcome.validation),
+                "best_validation": scan.best,
+                "trained_validation": outcome.validation[outcome.epoch - 1],
                 "pruned_validation": cut.accuracy,
                 "thresholds": dict(cut.thresholds),
                 "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
@@ -602,10 +744,7 @@ class CLNPPlugin(SupervisedPlugin):
             The cut, and the activities in the new order of the units.
         """
         network = self.network
-        before = network.frontier
-        orders = {name: sorting(a, before[name]) for name, a in activity.items()}
-        network.sort(orders)
-        activity = {name: a[orders[name]] for name, a in activity.items()}
+        activity = self.sort(activity)
 
         def evaluate(used: dict[str, int]) -> float:
             with network.view(network.candidate(used)):
@@ -613,11 +752,11 @@ class CLNPPlugin(SupervisedPlugin):
 
         cut = graceful_forgetting(
             activity,
-            before,
+            network.frontier,
             network.floors(),
             evaluate,
             best,
-            self._task_margin,
+            self.task_margin,
             self.thresholds,
         )
         return cut, activity
@@ -897,9 +1036,7 @@ class CLNPPlugin(SupervisedPlugin):
             )
 
     @staticmethod
-    def _alphas(
-        layout: Layout, l1: float | Sequence[float] | Mapping[str, float]
-    ) -> dict[str, float]:
+    def _alphas(layout: Layout, l1: Alphas) -> dict[str, float]:
         """Alpha of each layer with a weight matrix."""
         layers = layout.weights
         shown = ", ".join(layers)
@@ -1069,8 +1206,25 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(repr, choices))}")
 
 
-def _as_list(value: float | Sequence[float]) -> list[float]:
-    return list(value) if isinstance(value, Sequence) else [value]
+def check_alphas(l1: Alphas) -> None:
+    """Refuse what is no weight of a penalty.
+
+    Raises
+    ------
+    ValueError
+        If an alpha is negative or not finite.
+    """
+    values = l1.values() if isinstance(l1, Mapping) else l1
+    for alpha in values if isinstance(values, Iterable) else [values]:
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
+
+
+def plain(l1: Alphas) -> float | list[float] | dict[str, float]:
+    """Alphas as they can be saved."""
+    if isinstance(l1, Mapping):
+        return dict(l1)
+    return list(l1) if isinstance(l1, Sequence) else l1
 
 
 class CLNP(SupervisedTemplate):
@@ -1101,7 +1255,7 @@ class CLNP(SupervisedTemplate):
         optimizer: Optimizer,
         criterion: Any = None,
         margin: float | Sequence[float] = 0.0005,
-        l1: float | Sequence[float] | Mapping[str, float] = 1e-5,
+        l1: Alphas = 1e-5,
         thresholds: str = "per-layer",
         valid_stream: Any = None,
         example_input: Tensor | None = None,

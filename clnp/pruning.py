@@ -1,8 +1,9 @@
 """Activity of units (paper, Sec. 2.2) and graceful forgetting: cut as far as the margin allows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -288,3 +289,49 @@ def _shared(
         else:
             low = middle + 1
     return at(thetas[high])
+
+
+def new_share(
+    used: Mapping[str, int], before: Mapping[str, int], widths: Mapping[str, int]
+) -> Fraction:
+    """How much of the network a cut takes: the sum over layers of new units / width.
+
+    The smaller, the sparser. It is exact, so that equal cuts of different layers tie.
+
+    Parameters
+    ----------
+    used, before
+        Active units of each group after the cut, and before the task.
+    widths
+        Number of units of each group.
+    """
+    return sum((Fraction(used[g] - before[g], widths[g]) for g in widths), Fraction(0))
+
+
+def sparsest(
+    accuracies: Sequence[float | None], sizes: Sequence[tuple[Fraction, int]], bound: float
+) -> int:
+    """Choose among the models of a grid (Sec. 2.2): the sparsest of those within the bound.
+
+    If none is within it (the best epoch of a training can be better than any that was kept), the
+    most accurate one, and of several the sparsest.
+
+    Parameters
+    ----------
+    accuracies
+        Validation accuracy of each after its cut; None: it can't be chosen.
+    sizes
+        For each its share of the network (see :func:`new_share`), then what decides between equal
+        shares.
+    bound
+        The accuracy allowed; exactly that is within it.
+
+    Returns
+    -------
+    int
+        Its place; the first of equal ones.
+    """
+    found = {i: accuracy for i, accuracy in enumerate(accuracies) if accuracy is not None}
+    bound = min(bound, max(found.values()))
+    within = [i for i, accuracy in found.items() if accuracy >= bound - EPSILON]
+    return min(within, key=lambda i: sizes[i])

@@ -187,6 +187,74 @@ def test_loss_that_is_not_finite_ends_the_cell(images: Images, tmp_path: Path) -
         run(cell, images, tmp_path)
 
 
+# --- grid search ----------------------------------------------------------------------------------
+
+GRID = (
+    "clnp.grid_l1=1e-4;1e-4,2e-3,1e-4",
+    "clnp.grid_lr=0.004,0.01",
+)
+
+
+def without_search_times(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave the times out, also those of the candidates."""
+    rows = [
+        {key: value for key, value in row.items() if not key.endswith("_seconds")}
+        for row in record["search"]
+    ]
+    return without_times(record) | {"search": rows}
+
+
+def test_records_without_a_search_say_so(finished: dict[str, Any]) -> None:
+    assert all(finished[method]["search"] == [] for method in METHODS)
+
+
+@pytest.mark.parametrize("tasks", ["first", "each"])
+def test_a_search_reaches_the_record_and_survives_a_resume(
+    tasks: str, images: Images, tmp_path: Path
+) -> None:
+    settings = (*GRID, f"clnp.grid_tasks={tasks}")
+    cell = cell_of("clnp", images=images, settings=settings)
+    events: list[dict[str, Any]] = []
+    whole = run(cell, images, tmp_path / "whole", events.append)
+    assert records.problem(whole) is None
+    searched = [0] if tasks == "first" else [0, 1, 2]
+    assert [row["task"] for row in whole["search"]] == [t for t in searched for _ in range(4)]
+    assert [row["chosen"] for row in whole["search"]].count(True) == len(searched)
+    assert [(row["l1"], row["lr"]) for row in whole["search"][:4]] == [
+        (l1, lr) for l1 in (1e-4, [1e-4, 2e-3, 1e-4]) for lr in (0.004, 0.01)
+    ]
+    trained = [(e["task"], e["candidate"]) for e in events if e["event"] == "epoch"]
+    assert trained == [
+        (task, candidate)
+        for task in range(3)
+        for candidate in (range(4) if task in searched else [None])
+        for _ in range(2)
+    ]
+
+    def interrupt(event: dict[str, Any]) -> None:
+        # In the middle of a search, or between a searched task and the next.
+        if event["event"] == "epoch" and event["task"] == 1 and event["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cell, images, tmp_path / "resumed", interrupt)
+    torch.manual_seed(99)
+    again = run(cell, images, tmp_path / "resumed")
+    assert without_search_times(again) == without_search_times(whole)
+
+
+def test_later_tasks_use_what_the_first_chose(images: Images, tmp_path: Path) -> None:
+    """The same cell without a search, but with the values chosen, learns the same."""
+    searched = run(cell_of("clnp", images=images, settings=GRID), images, tmp_path / "searched")
+    (row,) = (row for row in searched["search"] if row["chosen"])
+    l1 = row["l1"] if isinstance(row["l1"], list) else [row["l1"]]
+    settings = (f"clnp.l1={','.join(map(str, l1))}", f"clnp.lr={row['lr']}")
+    assert row["best_validation"] == max(r["best_validation"] for r in searched["search"])
+    plain = run(cell_of("clnp", images=images, settings=settings), images, tmp_path / "plain")
+    for key in ("accuracy", "capacity", "history", "logit_drift"):
+        assert searched[key] == plain[key], key
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 

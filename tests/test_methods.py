@@ -180,6 +180,9 @@ def test_learning_rate_is_constant_then_falls_linearly_in_each_task() -> None:
         (CLNPSettings, {"margin": -0.1}),
         (CLNPSettings, {"margin": float("nan")}),
         (CLNPSettings, {"l1": (1e-5, -1.0)}),
+        (CLNPSettings, {"grid_l1": ((1e-5,), (1e-5, -1.0))}),
+        (CLNPSettings, {"grid_lr": (0.1, 0.0)}),
+        (CLNPSettings, {"grid_lr": (0.1, 0.2, 0.1)}),
         (Settings, {"lr": 0.0}),
         (Settings, {"epochs": 0}),
         (Settings, {"decay_from": 1.5}),
@@ -198,6 +201,9 @@ def test_impossible_settings_are_named(settings: type[Settings], value: dict[str
         ("clnp.l1=1e-3", {"l1": (1e-3,)}),
         ("clnp.epochs=3", {"epochs": 3}),
         ("clnp.head_bias=none", {"head_bias": "none"}),
+        ("clnp.grid_lr=0.1,0.2", {"grid_lr": (0.1, 0.2)}),
+        ("clnp.grid_l1=1e-3;1e-5,1e-4,0", {"grid_l1": ((1e-3,), (1e-5, 1e-4, 0.0))}),
+        ("clnp.grid_l1=1e-3", {"grid_l1": ((1e-3,),)}),
     ],
 )
 def test_settings_can_be_changed_by_text(change: str, expected: dict[str, Any]) -> None:
@@ -218,6 +224,7 @@ def test_settings_can_be_changed_by_text(change: str, expected: dict[str, Any]) 
         ("clnp.margin=much", "much"),
         ("clnp.head_bias=both", "both"),
         ("clnp.margin=2", "margin"),
+        ("clnp.grid_l1=1e-3;much", "much"),
     ],
 )
 def test_changes_that_make_no_sense_are_named(change: str, says: str) -> None:

@@ -486,6 +486,43 @@ def test_same_bytes_in_another_process_and_folder(built: Path, tmp_path: Path) -
     assert [f for f in files if (built / "out" / f).read_bytes() != (other / f).read_bytes()] == []
 
 
+def test_a_search_is_shown_where_a_record_has_one(built: Path, tmp_path: Path) -> None:
+    row = {
+        "task": 0,
+        "candidate": 0,
+        "l1": [1e-7, 1e-5, 1e-6],
+        "lr": 0.002,
+        "epoch": 57,
+        "best_validation": 0.98412,
+        "trained_validation": 0.9839,
+        "pruned_validation": 0.98371,
+        "within_margin": True,
+        "new": {"fc1": 120, "fc2": 45},
+        "new_share": 0.0825,
+        "new_weights": 99_930,
+        "chosen": True,
+        "train_seconds": 100.0,
+        "scan_seconds": 1.0,
+    }
+    nothing = dict.fromkeys(key for key in row if "validation" in key or key.startswith("new"))
+    diverged = row | nothing | {"epoch": None, "candidate": 1, "l1": 1e-4, "chosen": False}
+    record = record_of("pmnist-custom-ab12", "clnp", 0)
+    put(tmp_path / "records", record | {"search": [row, diverged]})
+    page.build(tmp_path / "records", tmp_path / "out")
+    html = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    markdown = (tmp_path / "out" / "pmnist-custom-ab12" / "search.md").read_text(encoding="utf-8")
+    assert "Grid search: every candidate" in html
+    assert (
+        "| CLNP | 0 | 1 | 1e-07, 1e-05, 1e-06 | 0.002 | 98.41 | 98.39 | 98.37 | yes | "
+        "fc1 120, fc2 45 | 0.0825 | yes | 100 s | 1.0 s |"
+    ) in markdown
+    assert "| 0.0001 | 0.002 | — | — | — | yes | — | — | no |" in markdown
+    assert "All scans together took 1.0 % of the time that the candidates trained." in html
+    numbers = pd.read_csv(tmp_path / "out" / "pmnist-custom-ab12" / "search.csv")
+    assert numbers.loc[0, ["new", "new_weights"]].tolist() == ["fc1 120, fc2 45", 99_930]
+    assert "Grid search" not in (built / "out" / "index.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", ["table1", "claims", "comparisons", "capacity", "seeds"])
 @pytest.mark.parametrize("suffix", ["md", "tex", "csv"])
 def test_golden(built: Path, name: str, suffix: str) -> None:

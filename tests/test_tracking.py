@@ -35,6 +35,7 @@ EPOCH = {
     "epochs": 3,
     "loss": 0.25,
     "validation": 0.75,
+    "candidate": None,
     "seconds": 1.0,
 }
 TASK = {
@@ -250,6 +251,7 @@ def test_view_tells_epochs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
     text = shown(False, START, EPOCH, {**EPOCH, "validation": None})
     assert "task 1/2 epoch 2/3 loss 0.2500 validation 75.00 %\n" in text
     assert "loss 0.2500\n" in text
+    assert "task 1/2 candidate 3 epoch" in shown(False, START, {**EPOCH, "candidate": 3})
 
 
 def test_view_shows_bars_on_a_terminal() -> None:

@@ -33,6 +33,13 @@ METHODS = {
 }
 """Names for readers, in the order of the rows: the paper's Table 1 first."""
 
+SEARCH = (
+    *("task", "candidate", "l1", "lr", "epoch"),
+    *("best_validation", "trained_validation", "pruned_validation", "within_margin"),
+    *("new", "new_share", "new_weights", "chosen", "train_seconds", "scan_seconds"),
+)
+"""What a row of a search's table holds."""
+
 Targets = dict[str, Any]
 
 ROUNDING = 1e-9
@@ -69,6 +76,8 @@ class Cell:
     """Columns task, layer, new, old_only, new_only; no rows in records from before it was told."""
     ablation: pd.DataFrame
     """Columns task (from 0), accuracy, drop, margin (fractions), cut (units); may have no rows."""
+    search: pd.DataFrame
+    """All candidates of grid searches, as in `clnp.search`; no rows without a search."""
     drift: float
     """Largest logit drift over the tasks; NaN if none was measured."""
     trainable: int
@@ -118,6 +127,7 @@ def decode(record: dict[str, Any]) -> Cell:
             [{c: row[c] for c in reads} for row in record.get("sufficiency", [])], columns=reads
         ).astype({"old_only": float, "new_only": float}),
         ablation=pd.DataFrame(ablated, columns=["task", *ablation]),
+        search=pd.DataFrame([{c: row[c] for c in SEARCH} for row in record.get("search", [])]),
         drift=float(max(drift)) if drift else float("nan"),
         trainable=int(record["parameters"]["trainable"]),
         stored=int(record["parameters"]["stored"]),

@@ -62,6 +62,7 @@ def section(records_dir: Path, experiment: str, target: Targets | None) -> Secti
             tables.comparison_table(cells, beside),
             tables.per_task_table(cells),
             tables.capacity_table(cells),
+            tables.search_table(cells),
             tables.seeds_table(cells),
         ]
         pictures = _pictures(cells, target)

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from benchmarks.reporting.load import Cell, Targets, label, rank
+from benchmarks.reporting.load import SEARCH, Cell, Targets, label, rank
 from benchmarks.reporting.stats import (
     NAN,
     backward_transfer,
@@ -409,6 +409,38 @@ def comparison_frame(cells: Sequence[Cell], level: float) -> pd.DataFrame:
     return frame
 
 
+def search_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return all candidates of all grid searches.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, seed, task (from 1), candidate, l1 (text), lr, epoch, best_validation,
+        trained_validation and pruned_validation (%), within_margin, new (units by layer, text),
+        new_share, new_weights, chosen, train_seconds, scan_seconds.
+    """
+    rows = [
+        {
+            "method": cell.method,
+            "seed": cell.seed,
+            **row,
+            "task": int(row["task"]) + 1,
+            "l1": _alphas(row["l1"]),
+            "new": ", ".join(f"{layer} {units}" for layer, units in (row["new"] or {}).items()),
+            **{key: 100 * row[key] for key in row if str(key).endswith("_validation")},
+        }
+        for cell in cells
+        for row in cell.search.to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=["method", "seed", *SEARCH])
+
+
+def _alphas(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{layer} {alpha:g}" for layer, alpha in value.items())
+    return ", ".join(f"{alpha:g}" for alpha in (value if isinstance(value, list) else [value]))
+
+
 # ---------------------------------------------------------------- tables for readers
 
 
@@ -601,6 +633,45 @@ def capacity_table(cells: Sequence[Cell]) -> Table | None:
             "Used: units of any task so far. New: first used by this task. Reused: older units "
             "that this task reads.",
             seeds_note(having),
+        ),
+    )
+
+
+def search_table(cells: Sequence[Cell]) -> Table | None:
+    """Return every candidate of the grid searches; None if there was no search."""
+    frame = search_frame(cells)
+    if frame.empty:
+        return None
+    scanning = frame["scan_seconds"].sum() / frame["train_seconds"].sum()
+    return Table(
+        name="search",
+        caption="Grid search: every candidate",
+        numbers=frame,
+        text=_strings(
+            frame,
+            {
+                "Method": lambda r: label(r["method"]),
+                "Seed": lambda r: str(r["seed"]),
+                "Task": lambda r: str(r["task"]),
+                "Alpha": lambda r: r["l1"],
+                "Learning rate": lambda r: f"{r['lr']:g}",
+                "Best epoch, %": lambda r: number(r["best_validation"]),
+                "Epoch kept, %": lambda r: number(r["trained_validation"]),
+                "After the cut, %": lambda r: number(r["pruned_validation"]),
+                "Within m": lambda r: yes_no(r["within_margin"]),
+                "New units": lambda r: r["new"] or NONE,
+                "Sum of shares": lambda r: number(r["new_share"], 4),
+                "Chosen": lambda r: yes_no(r["chosen"]),
+                "Training": lambda r: duration(r["train_seconds"] / 60),
+                "Scan": lambda r: f"{number(r['scan_seconds'], 1)} s",
+            },
+        ),
+        notes=(
+            "Validation accuracies. m counts from the best epoch of all candidates of a task; of "
+            "those within m after their cut the sparsest is chosen: smallest sum over layers of "
+            "new units / width. A dash: the candidate diverged.",
+            f"All scans together took {number(100 * scanning, 1)} % of the time that the "
+            "candidates trained.",
         ),
     )
 

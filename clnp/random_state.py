@@ -1,0 +1,35 @@
+"""The state of all global generators that a training may draw from."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of the generators of Python, NumPy, torch, and torch on a device."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002, transforms draw from the global one
+        "torch": torch.get_rng_state(),
+        "device": None if device.type == "cpu" else _of_device(device).get_rng_state(*_at(device)),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on from a :func:`random_state` of the same device."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type != "cpu":
+        _of_device(device).set_rng_state(state["device"], *_at(device))
+
+
+def _of_device(device: torch.device) -> Any:
+    return torch.get_device_module(device)
+
+
+def _at(device: torch.device) -> tuple[torch.device, ...]:
+    """Which one of several; torch.mps has one and takes no argument."""
+    return () if device.type == "mps" else (device,)
