@@ -801,7 +801,7 @@ class CLNPPlugin(SupervisedPlugin):
         return {
             "accuracy": ablation,
             "drop": accuracy - ablation,
-            "margin": self._task_margin,
+            "margin": self.task_margin,
             "cut": cut,
         }
 
