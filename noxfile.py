@@ -64,6 +64,13 @@ def peer(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Run the property tests on 2,000 random networks (options go to pytest)."""
+    options = ("--hypothesis-profile=fuzz", "--hypothesis-show-statistics")
+    run_module(session, "pytest", "tests/test_properties.py", *options, *session.posargs)
+
+
+@nox.session
 def speed(session: nox.Session) -> None:
     """Print what epochs, steps, scoring and memory cost against plain training, with bounds."""
     run_module(session, "benchmarks", "speed", *session.posargs)

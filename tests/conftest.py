@@ -21,6 +21,8 @@ import torch
 
 # The examples of a run depend on the test alone, so that a failure is there again the next time.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+# Those of `nox -s fuzz` don't: a failure prints what brings it back.
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
 
 connect = socket.socket.connect

@@ -1026,3 +1026,51 @@ def test_a_policy_that_cannot_be_followed_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match=r"expand names the layer 'first'.*0, 2"):
         strategy(model, plugin).train(benchmark().train_stream[0], eval_streams=[])
     assert same(model.state_dict(), kept)
+
+
+@pytest.mark.parametrize(
+    ("activities", "needed", "margin", "kept", "theta"),
+    [
+        # no margin: what costs nothing goes, and the dead
+        ([0.0, 2.0, 4.0, 1.0, -1.0], 6.5, 0.0, 3, 0.0),
+        ([0.0, 2.0, 4.0, 1.0, -1.0], 5.5, 0.0, 2, 1.0),
+        # units of equal activity stay or go together; one as active as theta goes
+        ([2.0, 4.0, 2.0, 2.0, 1.0], 7.5, 0.0, 4, 1.0),
+        ([2.0, 4.0, 2.0, 2.0, 1.0], 3.5, 0.0, 1, 2.0),
+        ([2.0, 2.0, 2.0], 0.5, 0.0, 3, 0.0),
+        # accuracy never falls: one unit is left
+        ([2.0, 4.0, 1.0], -1.0, 0.9, 1, 2.0),
+        # all units dead, and a layer of one
+        ([-1.0, 0.0, -2.0], -0.5, 0.0, 1, 0.0),
+        ([3.0], 2.5, 0.0, 1, 0.0),
+    ],
+)
+def test_exact_counts_at_ties_and_edges(
+    monkeypatch: pytest.MonkeyPatch,
+    activities: list[float],
+    needed: float,
+    margin: float,
+    kept: int,
+    theta: float,
+) -> None:
+    """Units of known activity; every sample is right as long as those kept give enough."""
+    monkeypatch.setitem(
+        globals(),
+        "blobs",
+        lambda _, count, shape: (torch.randn(count, *shape), torch.zeros(count, dtype=torch.long)),
+    )
+    width = len(activities)
+    model = nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, CLASSES))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.copy_(torch.tensor(activities))
+        model[2].weight.zero_()
+        model[2].weight[0] = 1.0
+        model[2].bias.copy_(torch.tensor([0.0, needed, -99.0]))
+    plugin = CLNPPlugin(margin=margin, l1=0.0)
+    trainer = strategy(model, plugin, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), epochs=1)
+    trainer.train(benchmark(tasks=1).train_stream, eval_streams=[])
+    assert plugin.history[-1]["new"] == {"0": kept}
+    assert plugin.history[-1]["thresholds"] == {"0": theta}
+    strongest = sorted((max(0.0, a) for a in activities), reverse=True)[:kept]
+    assert torch.relu(model[0].bias[:kept]).tolist() == strongest

@@ -291,6 +291,24 @@ def test_one_theta_for_all_layers() -> None:
         )
 
 
+def test_units_as_active_as_the_one_theta_are_cut_in_every_layer() -> None:
+    activity = {"a": falling(4, 2, 2, 1), "b": falling(3, 2, 0)}
+    accuracy = {(4, 2): 1.0, (3, 2): 1.0, (1, 1): 0.9, (1, 0): 0.5, (0, 0): 0.1}
+    for margin, used, theta in ((0.0, (3, 2), 1.0), (0.1, (1, 1), 2.0), (0.9, (0, 0), 4.0)):
+        found, _ = cut(
+            activity,
+            lambda c: accuracy[c["a"], c["b"]],
+            1.0,
+            margin,
+            floors={"a": 0, "b": 0},
+            thresholds="shared",
+        )
+        assert tuple(found.used.values()) == used
+        assert all(t <= theta for t in found.thresholds.values())
+        for name, units in found.used.items():
+            assert units == (activity[name] > theta).sum()
+
+
 def test_one_theta_keeps_the_floors() -> None:
     """A layer whose units are all weak keeps one, while the others are cut at a high theta."""
     activity = {"a": falling(800, 600, 400), "b": falling(0.3, 0.2)}
