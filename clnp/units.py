@@ -55,11 +55,17 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
     for name in shared:
         # torch-pruning takes their positions, or their one slope, for units.
         traced.set_submodule(name, nn.ReLU())
+    # It also takes grouped convolutions for depthwise ones. As plain ones they are traced rightly.
+    mixers = {name: m for name in order if _mixes(m := traced.get_submodule(name))}
+    for name, module in mixers.items():
+        plain = _ungrouped(module)
+        names[plain] = name
+        traced.set_submodule(name, plain)
     try:
         graph = tp.DependencyGraph().build_dependency(
             traced, example, forward_fn=forward, verbose=False
         )
-        roots = _roots(graph, traced, names, adapters)
+        roots = _roots(graph, traced, names, adapters, mixers)
         for node in graph.module2node.values():
             # The graph is one big cycle, which would keep the copy of the network for long.
             for others in (node.inputs, node.outputs, node.dependencies):
@@ -71,7 +77,8 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
             f"torch-pruning can't trace the model ({type(error).__name__}: {error}); CLNP needs a "
             "forward pass made of torch operations on tensors, without branches on their values"
         ) from error
-    found = [_group(tied, traced, order) for tied in _tied(roots)]
+    found = [_group(tied, traced, order, mixers) for tied in _tied(roots)]
+    found.sort(key=lambda group: order.index(group.name))
     heads = [group for group in found if not group.readers]
     if len(heads) != 1 or len(heads[0].writers) != 1:
         raise UnsupportedNetwork(
@@ -229,13 +236,14 @@ def _roots(
     model: nn.Module,
     names: dict[nn.Module, str],
     adapters: dict[str, Adapter],
+    mixers: dict[str, nn.Module],
 ) -> list[_Root]:
     """The channels of each layer that computes some; those of layers tied by a sum once."""
     found: list[_Root] = []
     for name, adapter in adapters.items():
-        if not (adapter.has_columns or _mixes(model.get_submodule(name))):
+        if not (adapter.has_columns or name in mixers):
             continue
-        root = _root(graph, model, names, adapters, name)
+        root = _root(graph, model, names, adapters, mixers, name)
         known = [other for other in found if name in other.writers]
         if not known:
             found.append(root)
@@ -253,11 +261,28 @@ def _mixes(module: nn.Module) -> bool:
     )
 
 
+def _ungrouped(module: nn.Module) -> nn.Module:
+    """A convolution like a grouped one, in which every channel reads all."""
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    plain = type(module)(  # type: ignore[call-arg]
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        bias=module.bias is not None,
+        padding_mode=module.padding_mode,
+    )
+    return plain.to(module.weight).eval()
+
+
 def _root(
     graph: tp.DependencyGraph,
     model: nn.Module,
     names: dict[nn.Module, str],
     adapters: dict[str, Adapter],
+    mixers: dict[str, nn.Module],
     name: str,
 ) -> _Root:
     layer = model.get_submodule(name)
@@ -270,13 +295,10 @@ def _root(
             continue  # an operation, or a layer, that has nothing for each unit
         module, adapter = model.get_submodule(member), adapters[member]
         repeat, rest = divmod(len(item.idxs), channels)
-        first = item.idxs[0] if item.idxs else 0
-        mapping = [channel for channel in range(channels) for _ in range(repeat)]
-        if (
-            rest
-            or list(item.idxs) != list(range(first, first + len(item.idxs)))
-            or list(item.root_idxs) != mapping
-        ):
+        pairs = sorted(zip(item.idxs, item.root_idxs, strict=True))  # they come in any order
+        first = pairs[0][0] if pairs else 0
+        mapping = [(first + i, i // max(1, repeat)) for i in range(len(pairs))]
+        if rest or pairs != mapping:
             raise UnsupportedNetwork(
                 f"layer {member!r} reads the units of {name!r} in another order (a reshape, a "
                 "shuffle), which is not supported"
@@ -284,21 +306,21 @@ def _root(
         reads = graph.is_in_channel_pruning_fn(item.dep.handler)
         if adapter.has_columns and reads:
             root.readers.append((member, first, repeat))
-        elif adapter.has_columns or (_mixes(module) and not reads):
+        elif adapter.has_columns or (member in mixers and not reads):
             root.writers.append(member)
         elif repeat != 1:
             raise UnsupportedNetwork(
                 f"layer {member!r} is a norm behind a flatten: it has {repeat} entries for "
                 f"each unit of {name!r}, which is not supported; put it before the flatten"
             )
-        elif _mixes(module):
+        elif member in mixers:
             if channels != module.in_channels:
                 raise UnsupportedNetwork(
                     f"layer {member!r} is a grouped convolution behind a concatenation, which is "
                     "not supported; use groups=1, or a depthwise convolution"
                 )
             root.mixers.append(member)
-            root.mixed.append((member, int(module.groups)))  # type: ignore[arg-type]
+            root.mixed.append((member, int(mixers[member].groups)))  # type: ignore[arg-type]
         else:
             root.norms.append((member, first))
             if isinstance(module, nn.GroupNorm):
@@ -330,12 +352,14 @@ def _tied(roots: list[_Root]) -> list[list[_Root]]:
     return tied
 
 
-def _group(tied: list[_Root], model: nn.Module, order: list[str]) -> UnitGroup:
+def _group(
+    tied: list[_Root], model: nn.Module, order: list[str], mixers: dict[str, nn.Module]
+) -> UnitGroup:
     """The group of units of some roots: as many as can be told apart in all of them."""
     mixed = [pair for root in tied for pair in root.mixed]
     width = math.gcd(*(root.channels for root in tied), *(count for _, count in mixed))
     if width == 1 and mixed and min(root.channels for root in tied) > 1:
-        mixer = model.get_submodule(mixed[0][0])
+        mixer = mixers.get(mixed[0][0], model.get_submodule(mixed[0][0]))
         raise UnsupportedNetwork(
             f"layer {mixed[0][0]!r} ({mixer}) mixes all units of {tied[0].name!r}, so that each "
             "depends on those of later tasks; give it more groups"
@@ -343,9 +367,7 @@ def _group(tied: list[_Root], model: nn.Module, order: list[str]) -> UnitGroup:
     writers, norms, readers = [], [], []
     for root in tied:
         block = root.channels // width
-        writers += [
-            Part(name, block) for name in root.writers if not _mixes(model.get_submodule(name))
-        ]
+        writers += [Part(name, block) for name in root.writers if name not in mixers]
         norms += [Part(name, block, first) for name, first in root.norms]
         readers += [Part(name, block * repeat, first) for name, first, repeat in root.readers]
         for name in root.mixers:

@@ -180,6 +180,14 @@ def supported() -> dict[str, tuple[nn.Module, tuple[int, ...], list[Any]]]:
             IMAGES,
             [("0", "1x2", "4x128")],
         ),
+        "a grouped convolution behind a gate": (
+            nn.Sequential(
+                *(nn.Conv1d(2, 8, 1), nn.GroupNorm(4, 8), Gate(8), nn.Conv1d(8, 4, 3, groups=4)),
+                *(nn.ReLU(), nn.Flatten(), lin(4 * 4, 5)),
+            ),
+            (4, 2, 6),
+            [("0x2 2.bx2", "1x2 3", "2.ax2 6x4"), ("2.a", "", "2.bx1")],
+        ),
         "group norm": (
             nn.Sequential(
                 *(conv(3, 6), nn.GroupNorm(2, 6), nn.ReLU()),
@@ -209,6 +217,18 @@ def supported() -> dict[str, tuple[nn.Module, tuple[int, ...], list[Any]]]:
             [("0", "", "2x1"), ("2", "", "4x1")],
         ),
     }
+
+
+class Gate(nn.Module):
+    """Scales each channel by what two layers make of all of them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(channels, channels, 1), nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.b(F.silu(self.a(x.mean(2, keepdim=True))))
+        return x * torch.sigmoid(gate)
 
 
 class Both(nn.Module):
