@@ -27,7 +27,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _of_device(device: torch.device) -> Any:
-    return torch.get_device_module(device)
+    return getattr(torch, device.type)
 
 
 def _at(device: torch.device) -> tuple[torch.device, ...]:

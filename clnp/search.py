@@ -411,34 +411,14 @@ def _choose(
     if scan is not next(each.scan for each in reversed(scanned) if each.scan):
         plugin.place(trial.outcome)
         plugin.sort(trial.outcome.activity)
-    before = plugin.network.frontier
     for candidate, its, each in zip(grid, trials, scanned, strict=True):
-        found: dict[str, Any] = {}
-        if its.outcome is not None and each.scan is not None:
-            cut = each.scan.cut
-            found = {
-                "epoch": its.outcome.epoch,
-                "best_validation": max(its.outcome.validation),
-                "trained_validation": its.outcome.validation[its.outcome.epoch - 1],
-                "pruned_validation": cut.accuracy,
-                "within_margin": cut.accuracy >= bound - EPSILON,
-                "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
-                "new_share": float(each.size[0]),
-                "new_weights": each.size[1],
-            }
-        rows.append(
-            dict.fromkeys(COLUMNS)
-            | {"within_margin": False}
-            | found
-            | {
-                "candidate": candidate.index,
-                "l1": plain(plugin.l1 if candidate.l1 is None else candidate.l1),
-                "lr": own_rate if candidate.lr is None else candidate.lr,
-                "chosen": candidate.index == chosen,
-                "train_seconds": its.seconds,
-                "scan_seconds": each.seconds,
-            }
-        )
+        values = {
+            "candidate": candidate.index,
+            "l1": plain(plugin.l1 if candidate.l1 is None else candidate.l1),
+            "lr": own_rate if candidate.lr is None else candidate.lr,
+            "chosen": candidate.index == chosen,
+        }
+        rows.append(_row(its, each, plugin.network.frontier, bound) | values)
     l1 = grid[chosen].l1
     plugin.l1 = plugin.l1 if l1 is None else l1
     # What follows (fine-tuning, other plugins, evaluation) finds what the training left.
@@ -447,6 +427,26 @@ def _choose(
     vars(strategy.clock).update(trial.clock)
     set_random_state(scanned[chosen].random, strategy.device)
     return scan
+
+
+def _row(trial: Trial, scanned: Scanned, before: dict[str, int], bound: float) -> dict[str, Any]:
+    """What training and scan say of a candidate, as values of the table."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= {"within_margin": False}
+    row |= {"train_seconds": trial.seconds, "scan_seconds": scanned.seconds}
+    if trial.outcome is None or scanned.scan is None:
+        return row
+    outcome, cut = trial.outcome, scanned.scan.cut
+    return row | {
+        "epoch": outcome.epoch,
+        "best_validation": max(outcome.validation),
+        "trained_validation": outcome.validation[outcome.epoch - 1],
+        "pruned_validation": cut.accuracy,
+        "within_margin": cut.accuracy >= bound - EPSILON,
+        "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
+        "new_share": float(scanned.size[0]),
+        "new_weights": scanned.size[1],
+    }
 
 
 def _scan(plugin: CLNPPlugin, strategy: Any, trial: Trial, best: float) -> Scanned:
