@@ -65,7 +65,7 @@ class Partition:
     @property
     def tasks(self) -> int:
         """Number of tasks learnt so far."""
-        return len(next(iter(self.frontiers.values()))) - 1
+        return len(next(iter(self.frontiers.values()), [0])) - 1
 
     def before(self, task: int) -> dict[str, int]:
         """Units active before the task (0, 1, ...) was learnt: f(t-1)."""
