@@ -228,6 +228,7 @@ def test_what_computes_something_else_is_refused() -> None:
         compact(network, 0, drifting, x)
 
 
+@pytest.mark.slow
 def test_without_avalanche_or_clnp(tmp_path: Path) -> None:
     """Another process reads the exported network with torch alone."""
     plugin = trained(MODELS["MTSimpleMLP"]())
