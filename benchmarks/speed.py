@@ -34,6 +34,7 @@ from benchmarks.process import tune
 from benchmarks.scenarios import ResidentLoader, resident_view
 from benchmarks.tracking import Tracker, View
 from clnp import LogitDrift
+from clnp.compact import compact, report
 from clnp.network import PartitionedNetwork
 from clnp.sparsity import L1
 from clnp.units import find_layout
@@ -289,6 +290,33 @@ def scoring_ratio(
     return median_ratio(timed(model), timed(task), rounds)
 
 
+def compact_ratios(
+    make: Callable[[], nn.Module], used: dict[str, int], x: Tensor
+) -> tuple[float, float]:
+    """Compare a task's network on its own (`CLNPPlugin.compact`) with the whole one.
+
+    Parameters
+    ----------
+    make
+        Builds the network.
+    used
+        The units that the task uses, by group.
+    x
+        The batch.
+
+    Returns
+    -------
+    tuple of float
+        Parameters, and how many times faster it scores the batch in float32.
+    """
+    model = make().to(x.device)
+    network = partitioned(model, x[:8], frozen=False)
+    network.learn(used)
+    alone = compact(network, 0, lambda m, batch: m(batch), x[:8])
+    table = report(alone, model, x)
+    return float(table.parameters["ratio"]), 1 / float(table.seconds["ratio"])
+
+
 def memory_ratio(make: Callable[[], nn.Module], x: Tensor, y: Tensor, frozen: bool) -> float:
     """Compare the peak of memory in training a task with that in plain training of the network.
 
@@ -371,6 +399,9 @@ def main() -> None:
     used = {"fc1": 300, "fc2": 120}  # 15 % and 6 %
     ratio = scoring_ratio(network, used, torch.rand(1000, 784, device=device))
     print(Row("scoring, whole network / task of 15 % and 6 %", ratio, 5.0, "at least"))
+    size, ratio = compact_ratios(network, used, torch.rand(1000, 784, device=device))
+    print(Row("parameters, that task's compact network / whole network", size))
+    print(Row("scoring, whole network / that task's compact network", ratio))
     ratio = memory_ratio(network, x, y, frozen=False)
     print(Row("peak memory in training, empty network / plain training", ratio, 1.1))
     ratio = memory_ratio(network, x, y, frozen=True)
