@@ -156,17 +156,21 @@ class PartitionedNetwork:
         """True between :meth:`begin_task` and :meth:`end_task`."""
         return self._training_view is not None
 
-    def _start(self, before: dict[str, int]) -> dict[str, int]:
-        """The first unit that a view computes, by group.
+    def _start(self, before: dict[str, int], stop: dict[str, int]) -> dict[str, int]:
+        """The first unit that a view computes, by group, of a task that began at ``before``.
 
-        In a single head, older units that only the head reads are read by nobody else.
+        In a single head, older units that only the head reads are read by nobody else. Where there
+        is no newer one, the last of them is computed all the same: no layer computes nothing.
         """
         alone = {
             group.name
             for group in self.layout.groups
             if self.single_head and {part.layer for part in group.readers} == {self.layout.head}
         }
-        return {name: f if name in alone else 0 for name, f in before.items()}
+        return {
+            name: max(0, min(f, stop[name] - 1)) if name in alone else 0
+            for name, f in before.items()
+        }
 
     def floors(self) -> dict[str, int]:
         """The smallest counts that the newest task can be cut to, by group.
@@ -175,7 +179,9 @@ class PartitionedNetwork:
         before the head has no output.
         """
         before = self.frontier
-        floors = {name: first + 1 for name, first in self._start(before).items()}
+        floors = {
+            name: first + 1 for name, first in self._start(before, self.layout.widths).items()
+        }
         if self.single_head:
             open_ends = [g for g in self.layout.ends if before[g] < self.layout.widths[g]]
             floors[open_ends[-1]] = before[open_ends[-1]] + 1
@@ -190,7 +196,7 @@ class PartitionedNetwork:
 
     def subnetwork_view(self, before: dict[str, int], used: dict[str, int], head: Head) -> View:
         """Units [:used], evaluated; for a task that began at the frontiers ``before``."""
-        return View(self._start(before), used, used, head, trains=False)
+        return View(self._start(before, used), used, used, head, trains=False)
 
     def task_view(self, task: int) -> View:
         """The view of a learnt task (0, 1, ... in order of learning)."""
@@ -439,7 +445,7 @@ class PartitionedNetwork:
                 trains = leaf.numel() > 0 and leaf.requires_grad
                 leaves[original] = leaf if trains else None
         self._training_view = View(
-            start=self._start(before),
+            start=self._start(before, stop),
             split=before,
             stop=stop,
             head=self._new_head(before),

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from clnp import CapacityExhausted, UnsupportedNetwork
     from clnp.layout import Layout, pieces, put, take
     from clnp.network import PartitionedNetwork
+    from clnp.pruning import Activity
     from clnp.units import Forward, find_layout
 
 
@@ -886,3 +887,48 @@ def test_what_cannot_be_widened_is_refused(more: dict[str, int], message: str) -
         network.expand(more)
     assert network.layout == layout
     assert equal_states(snapshot(network.model), kept)
+
+
+class TwoEnds(nn.Module):
+    """A head that reads two layers, of which one may be full before the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 6, 1), nn.Linear(11, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([self.a(x), self.b(x)], 1)
+        return self.head(F.silu(h).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("full", ["a", "b"])
+def test_a_single_head_learns_on_while_one_of_its_layers_is_full(full: str) -> None:
+    torch.manual_seed(0)
+    model, x = TwoEnds(), inputs("cnn")
+    network = PartitionedNetwork(model, find_layout(model, call, x), single_head=True)
+    begin(network, x)
+    network.end_task()
+    network.learn({"a": 2, "b": 2, full: network.layout.widths[full]})
+    first = logits(network, 0, x)
+    leaves = [leaf for leaf in begin(network, x).values() if leaf is not None]
+    optimizer = torch.optim.Adam(leaves, lr=0.1)
+    activity = Activity(network.layout)
+    with network.view(network.training_view):
+        with activity.measure(network.model, network.training_view.start):
+            before = F.cross_entropy(network.model(x), torch.arange(len(x)) % 3)
+        before.backward()
+        optimizer.step()
+        assert F.cross_entropy(network.model(x), torch.arange(len(x)) % 3) < before
+    network.end_task()
+    assert (activity.means()["b" if full == "a" else "a"] > 0).any()
+    floors = network.floors()
+    assert floors == {"a": 3, "b": 3, full: network.layout.widths[full]}
+    with network.view(network.candidate(floors)):
+        expected = network.model(x)
+    network.learn(floors)
+    assert torch.equal(logits(network, 0, x), first)
+    assert torch.equal(logits(network, 1, x), expected)
+    # The newer task reads nothing of the full layer.
+    with torch.no_grad():
+        model.get_submodule(full).weight.fill_(1.0)
+    assert torch.equal(logits(network, 1, x), expected)
