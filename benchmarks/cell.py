@@ -34,6 +34,8 @@ Listener = Callable[[dict[str, Any]], None]
 Matrix = list[list[float | None]]
 
 STATE = "state.pt"
+FORMAT = 2
+"""Of the resume state; raised when its contents change."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def load_state(path: Path, hash_: str) -> dict[str, Any]:
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError("it is damaged")
     state: dict[str, Any] = torch.load(BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise ValueError("it was written by another version of the code")
     if state["hash"] != hash_:
         raise ValueError("it belongs to another cell")
     return state
@@ -318,6 +322,7 @@ def run(
         save_state(
             path,
             {
+                "format": FORMAT,
                 "hash": cell.hash,
                 "learner": learner.state(),
                 "drift": drift.state_dict(),
@@ -336,7 +341,7 @@ def run(
                 "capacity": [row for row in learner.capacity() if row["task"] == task],
                 "sufficiency": [row for row in learner.sufficiency() if row["task"] == task],
                 "reused_ablation": next(
-                    (entry["reused_ablation"] for entry in learner.history()[-1:]), None
+                    (entry.get("reused_ablation") for entry in learner.history()[-1:]), None
                 ),
                 "seconds": seconds[-1],
             }

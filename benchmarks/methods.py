@@ -103,6 +103,11 @@ class CLNPSettings(Settings):
         _require(0 <= self.margin < 1, "margin", self.margin, "within [0, 1)")
         _require(all(alpha >= 0 for alpha in self.l1), "l1", self.l1, "not negative")
         _require(self.finetune_epochs >= 0, "finetune_epochs", self.finetune_epochs, "at least 0")
+        _require(self.finetune_lr > 0, "finetune_lr", self.finetune_lr, "positive")
+        positive = all(alpha >= 0 for alpha in self.finetune_l1)
+        _require(positive, "finetune_l1", self.finetune_l1, "not negative")
+        rounds = self.finetune_iterations
+        _require(rounds >= 1, "finetune_iterations", rounds, "at least 1")
 
     @property
     def finetune(self) -> FineTune | None:

@@ -54,6 +54,9 @@ HOLD_OUT = 0.1
 PROBE = 16
 """Samples of the first task with which the network is traced."""
 
+LARGE_BATCH = 256
+"""Samples of the largest batch for which widening is tried."""
+
 COMPATIBLE = (EvaluationPlugin, LRSchedulerPlugin, EarlyStoppingPlugin, Clock, PeriodicEval)
 """Avalanche's own plugins that neither read nor write what CLNP freezes."""
 
@@ -211,6 +214,8 @@ class CLNPPlugin(SupervisedPlugin):
                     "of 0.05 points"
                 )
         check_alphas(l1)
+        if finetune is not None and finetune.l1 is not None:
+            check_alphas(finetune.l1)
         for layer, (below, by) in (expand or {}).items():
             if below < 1 or by < 1:
                 raise ValueError(
@@ -384,9 +389,15 @@ class CLNPPlugin(SupervisedPlugin):
                 "the model joins its units in another way when its layers are wider; its forward "
                 "must not depend on their sizes"
             )
-        for index, name in enumerate(self._names):
-            old = network.subnetwork(index, self._forward(name))(example)
-            new = trial.subnetwork(index, self._forward(name))(example)
+        # Kernels differ with the batch size: a single sample is a product with a vector.
+        many = torch.cat([example] * (1 + LARGE_BATCH // len(example)))
+        for index, (name, batch) in (
+            (i, (n, x))
+            for i, n in enumerate(self._names)
+            for x in (example[:1], example[:2], example[:3], example, many)
+        ):
+            old = network.subnetwork(index, self._forward(name))(batch)
+            new = trial.subnetwork(index, self._forward(name))(batch)
             if not torch.equal(old, new):
                 raise UnsupportedNetwork(
                     f"with {dict(more)} more units the logits of task {name!r} would differ in the "
@@ -446,6 +457,8 @@ class CLNPPlugin(SupervisedPlugin):
         has no state between tasks, but a schedule that runs on over tasks is the user's to save.
         """
         network = self.network
+        if not self._names:
+            raise RuntimeError("no task has been learnt yet, so that there is nothing to save")
         if network.in_training:
             raise RuntimeError("state_dict() is for between tasks; a task is in training")
         return {
@@ -709,29 +722,31 @@ class CLNPPlugin(SupervisedPlugin):
             best = max(best, accuracy)
             cut, activity = self._sort_and_cut(strategy, activity, best if left else math.inf)
         name = self._name(strategy.experience)
+        modules, layout = network.modules, network.layout
+        start = network.candidate(cut.used).head.start
+        kept = reused(modules, layout, before, cut.used, start, activity)
+        reads = sufficiency(modules, layout, before, cut.used, activity)
+        entry = {
+            "task": name,
+            "epoch": outcome.epoch,
+            "epochs": len(outcome.validation),
+            "best_validation": scan.best,
+            "trained_validation": outcome.validation[outcome.epoch - 1],
+            "pruned_validation": cut.accuracy,
+            "thresholds": dict(cut.thresholds),
+            "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
+            "evaluations": cut.evaluations,
+            **({"fine_tuning": tuned} if tuned else {}),
+            **({"widened": self._widened_by} if self._widened_by else {}),
+        }
+        # All at once, and what takes long afterwards: an interruption finds the task learnt or not.
         network.learn(cut.used)
         self._names.append(name)
-        modules, layout, start = network.modules, network.layout, network.heads[-1].start
-        kept = reused(modules, layout, before, cut.used, start, activity)
         self._reused.append({layer: int(units.sum()) for layer, units in kept.items()})
-        self._sufficiency.append(sufficiency(modules, layout, before, cut.used, activity))
-        self.history.append(
-            {
-                "task": name,
-                "epoch": outcome.epoch,
-                "epochs": len(outcome.validation),
-                "best_validation": scan.best,
-                "trained_validation": outcome.validation[outcome.epoch - 1],
-                "pruned_validation": cut.accuracy,
-                "thresholds": dict(cut.thresholds),
-                "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},
-                "evaluations": cut.evaluations,
-                **({"fine_tuning": tuned} if tuned else {}),
-                "reused_ablation": self._ablation(strategy, before, kept, cut.accuracy),
-                **({"widened": self._widened_by} if self._widened_by else {}),
-            }
-        )
+        self._sufficiency.append(reads)
+        self.history.append(entry)
         self._widened_by = {}
+        entry["reused_ablation"] = self._ablation(strategy, before, kept, cut.accuracy)
 
     def _sort_and_cut(
         self, strategy: Any, activity: dict[str, Tensor], best: float
@@ -769,14 +784,16 @@ class CLNPPlugin(SupervisedPlugin):
         self._swap(strategy.optimizer, network.train_units(used))
         penalty = L1(network.leaves(), self._alphas(network.layout, l1))
         activity = Activity(network.layout)
-        with network.view(network.training_view):
-            retrain(strategy, self.finetune.epochs, self.finetune.lr, penalty)
-            accuracy = self._accuracy(strategy)
-            start = network.training_view.start
-            with activity.measure(network.model, start, used):
-                for _ in self._outputs(strategy, self._train_data):
-                    pass
-        self._release()
+        try:
+            with network.view(network.training_view):
+                retrain(strategy, self.finetune.epochs, self.finetune.lr, penalty)
+                accuracy = self._accuracy(strategy)
+                start = network.training_view.start
+                with activity.measure(network.model, start, used):
+                    for _ in self._outputs(strategy, self._train_data):
+                        pass
+        finally:
+            self._release()
         self._verify()
         return activity.means(), accuracy
 

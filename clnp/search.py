@@ -62,6 +62,8 @@ class Trial:
         How long it took.
     random, clock, rates
         State of the generators, the strategy's counters, and the learning rates at its end.
+    order
+        State of the generator of the data's order, if the loader has one of its own.
     error
         How it diverged.
     """
@@ -71,6 +73,7 @@ class Trial:
     random: dict[str, Any]
     clock: dict[str, int]
     rates: list[float]
+    order: Tensor | None = None
     error: str = ""
 
 
@@ -177,6 +180,8 @@ def search(
     grid = _grid(l1, lr)
     plugin.before_training(strategy)  # an interrupted task can't be copied
     own_l1, own_rates = plugin.l1, _rates(strategy)
+    # The first task starts from the user's own weights; later ones are drawn anew in any case.
+    own = {} if plugin.tasks else copy.deepcopy(strategy.model.state_dict())
     template = strategy if executor is None else _copied(strategy, experience)
     start = random_state(strategy.device)
     run = partial(_train, template, experience, options, start, [c.l1 for c in grid])
@@ -189,6 +194,13 @@ def search(
     except BaseException:
         plugin.l1 = own_l1
         _restore_rates(own_rates)
+        if own and not plugin.tasks:
+            plugin.before_training(strategy)  # the parameters in full
+            now = strategy.model.state_dict()
+            with torch.no_grad():
+                for name in own.keys() & now.keys():  # new heads stay as they are
+                    if now[name].shape == own[name].shape:
+                        now[name].copy_(own[name])
         raise
     finally:
         plugin.decide = None
@@ -331,6 +343,7 @@ def _train(
             random=random_state(device),
             clock=dict(vars(strategy.clock)),
             rates=[float(group["lr"]) for group in strategy.optimizer.param_groups],
+            order=_order(strategy.dataloader),
         )
 
     plugin.decide = hand_out
@@ -346,10 +359,16 @@ def _train(
         seconds = time.perf_counter() - began
         set_random_state(kept, device)
     if error:
-        return Trial(None, seconds, start, {}, [], error)
+        return Trial(None, seconds, start, {}, [], error=error)
     if not all(bool(torch.isfinite(a).all()) for a in found[0].activity.values()):
-        return Trial(None, seconds, start, {}, [], "units give NaN or infinity")
+        return Trial(None, seconds, start, {}, [], error="units give NaN or infinity")
     return Trial(found[0], seconds, **state)
+
+
+def _order(loader: Any) -> Tensor | None:
+    """State of the generator from which a loader draws the order of the data, if it has one."""
+    generator = getattr(loader, "generator", None)
+    return generator.get_state() if isinstance(generator, torch.Generator) else None
 
 
 @dataclass(frozen=True)
@@ -424,6 +443,8 @@ def _choose(
     # What follows (fine-tuning, other plugins, evaluation) finds what the training left.
     for group, value in zip(strategy.optimizer.param_groups, trial.rates, strict=True):
         _set(group, "lr", value)
+    if trial.order is not None:
+        strategy.dataloader.generator.set_state(trial.order)
     vars(strategy.clock).update(trial.clock)
     set_random_state(scanned[chosen].random, strategy.device)
     return scan

@@ -264,16 +264,17 @@ def _mixes(module: nn.Module) -> bool:
 def _ungrouped(module: nn.Module) -> nn.Module:
     """A convolution like a grouped one, in which every channel reads all."""
     assert isinstance(module, nn.modules.conv._ConvNd)
-    plain = type(module)(  # type: ignore[call-arg]
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        bias=module.bias is not None,
-        padding_mode=module.padding_mode,
-    )
+    with torch.random.fork_rng(devices=[]):  # it draws its weights, which nobody uses
+        plain = type(module)(  # type: ignore[call-arg]
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            bias=module.bias is not None,
+            padding_mode=module.padding_mode,
+        )
     return plain.to(module.weight).eval()
 
 

@@ -208,6 +208,28 @@ def test_records_without_a_search_say_so(finished: dict[str, Any]) -> None:
     assert all(finished[method]["search"] == [] for method in METHODS)
 
 
+def test_a_grid_of_one_is_plain_training_with_fine_tuning_too(
+    images: Images, tmp_path: Path
+) -> None:
+    """Fine-tuning after the search goes on with the order of the data that training left."""
+    plain = ("clnp.finetune_epochs=2", "clnp.finetune_lr=0.004", "clnp.lr=0.004")
+    one = cell_of("clnp", images=images, settings=(*plain, "clnp.grid_lr=0.004"))
+    without = cell_of("clnp", images=images, settings=plain)
+    searched = run(one, images, tmp_path / "grid")
+    straight = run(without, images, tmp_path / "plain")
+    assert len(searched["search"]) == 1
+    assert searched["history"] == straight["history"]
+    assert searched["accuracy"] == straight["accuracy"]
+
+
+def test_a_state_of_another_format_is_not_used(images: Images, tmp_path: Path) -> None:
+    cell = cell_of("clnp", images=images)
+    cells.save_state(tmp_path / cells.STATE, {"hash": cell.hash, "learner": {}})
+    events: list[dict[str, Any]] = []
+    run(cell, images, tmp_path, events.append)
+    assert "another version of the code" in events[0]["ignored"]
+
+
 @pytest.mark.parametrize("tasks", ["first", "each"])
 def test_a_search_reaches_the_record_and_survives_a_resume(
     tasks: str, images: Images, tmp_path: Path

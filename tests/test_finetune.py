@@ -152,3 +152,33 @@ def test_a_wrong_number_of_alphas_is_found_before_training() -> None:
     with pytest.raises(ValueError, match="l1 has 2 values for 3 layers"):
         learner.train(benchmark().train_stream[0], eval_streams=[])
     assert learner.clock.train_iterations == 0
+
+
+def test_a_negative_alpha_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        CLNPPlugin(finetune=FineTune(epochs=1, l1=-1.0))
+
+
+def test_an_interruption_leaves_the_network_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = benchmark().train_stream
+    plugin = CLNPPlugin(margin=0.25, l1=1e-3, finetune=FineTune(epochs=2, lr=0.003))
+    model = nn.Sequential(features(), nn.Linear(24, 3))
+    learner = strategy(model, plugin)
+    learner.train(stream[0], eval_streams=[])
+    x = data(0, 90)[0]
+    before = plugin.subnetwork(0)(x)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("clnp.plugin.retrain", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            learner.train(stream[1], eval_streams=[])
+    assert plugin.tasks == [0]
+    assert not plugin.network.in_training
+    assert model.eval()(x).shape == (90, 3)
+    assert len(plugin.state_dict()["history"]) == 1
+    learner.train(stream[1], eval_streams=[])
+    assert torch.equal(plugin.subnetwork(0)(x), before)
+    assert plugin.tasks == [0, 1]

@@ -30,7 +30,15 @@ from avalanche.training.supervised import Cumulative, Naive
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from clnp import CLNP, CapacityExhausted, CLNPPlugin, Incompatible, LogitDrift, UnsupportedNetwork
+from clnp import (
+    CLNP,
+    CapacityExhausted,
+    CLNPError,
+    CLNPPlugin,
+    Incompatible,
+    LogitDrift,
+    UnsupportedNetwork,
+)
 from clnp.layout import pieces
 
 CLASSES = 3
@@ -876,7 +884,7 @@ def test_the_optimizer_goes_on(optimizer: str) -> None:
     made.param_groups[0]["lr"] = lr
     state, groups = copy.deepcopy(made.state_dict()), list(made.param_groups[0]["params"])
     assert len(state["state"]) == len(groups)
-    plugin.expand({"0": 5, "2": 4})
+    plugin.expand({"0": 8, "2": 4})
     assert list(map(id, made.param_groups[0]["params"])) == list(map(id, groups))
     for key, values in made.state_dict()["state"].items():
         for name, value in values.items():
@@ -886,6 +894,54 @@ def test_the_optimizer_goes_on(optimizer: str) -> None:
     trainer.train(stream[1], eval_streams=[])
     assert torch.equal(plugin.subnetwork(0)(x), before)
     assert_no_interference(plugin)
+
+
+@pytest.mark.parametrize("units", [1, 3, 7, 16])
+def test_widening_holds_for_every_size_of_batch_or_is_refused(units: int) -> None:
+    """A kernel for one sample may depend on how far apart the rows of the weights lie."""
+    _, plugin, _ = finished(mlp(25), tasks=1)
+    batches = [blobs(0, size, (FEATURES,))[0] for size in (1, 2, 9, 300)]
+    before = [plugin.subnetwork(0)(x) for x in batches]
+    widths = dict(plugin.partition.widths)
+    try:
+        plugin.expand(dict.fromkeys(widths, units))
+        expected = {name: width + units for name, width in widths.items()}
+    except UnsupportedNetwork:  # it depends on the machine
+        expected = widths
+    assert plugin.partition.widths == expected
+    for x, logits in zip(batches, before, strict=True):
+        assert torch.equal(plugin.subnetwork(0)(x), logits)
+
+
+def test_an_interrupted_measurement_finds_the_task_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a task is entered all at once; ablation, which takes long, comes after."""
+    trainer, plugin, stream = finished(mlp(24), tasks=1)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plugin, "_ablation", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(stream[1], eval_streams=[])
+    assert plugin.tasks == [0, 1]
+    assert len(plugin.history) == 2
+    assert "reused_ablation" not in plugin.history[1]
+    trainer.train(stream[2], eval_streams=[])
+    assert plugin.tasks == [0, 1, 2]
+    for table in (plugin.capacity(), plugin.sufficiency()):
+        assert table.task.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_nothing_learnt_is_nothing_to_save() -> None:
+    plugin = CLNPPlugin()
+    trainer = strategy(mlp(), plugin, epochs=1)
+    with torch.no_grad():
+        trainer.model[0].weight.fill_(float("nan"))
+    with pytest.raises(CLNPError, match="diverged"):
+        trainer.train(benchmark().train_stream[0], eval_streams=[])
+    with pytest.raises(RuntimeError, match="nothing to save"):
+        plugin.state_dict()
 
 
 def test_a_table_tells_the_width_of_its_time() -> None:
