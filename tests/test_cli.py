@@ -193,6 +193,8 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(
 ) -> None:
     grid = ("--methods", "finetune", "--seeds", "0")
     announce = Tracker.announce
+    # A shell starts what it puts into the background deaf to Ctrl-C, and this test with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(self: Tracker, event: dict[str, Any]) -> None:
         announce(self, event)
