@@ -113,7 +113,7 @@ def experiment_of(options: Run) -> Experiment:
     UserError
         For an unknown name or an impossible value.
     """
-    from benchmarks.methods import pick
+    from benchmarks.errors import pick
 
     presets = experiments()
     preset = presets[pick("experiment", options.experiment, presets)]

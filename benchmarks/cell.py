@@ -23,7 +23,8 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from benchmarks import records
 from benchmarks.experiment import Experiment, canonical, changed, derive, digest
-from benchmarks.methods import Learner, Method, Settings, Setup
+from benchmarks.learners import Learner, Settings, Setup
+from benchmarks.methods import Method
 from benchmarks.precision import bf16_kernels
 from clnp import LogitDrift
 

@@ -16,9 +16,9 @@ import torch
 from benchmarks import cell as cells
 from benchmarks import records
 from benchmarks.cell import Cell
-from benchmarks.errors import UserError
+from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical
-from benchmarks.methods import METHODS, pick
+from benchmarks.methods import METHODS
 from benchmarks.process import tune
 from benchmarks.tracking import Mode, Tracker, View
 

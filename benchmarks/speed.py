@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from benchmarks.cell import Monitor
 from benchmarks.data import Images
 from benchmarks.experiment import Experiment
+from benchmarks.learners import Setup
 from benchmarks.memory import peak_bytes
-from benchmarks.methods import METHODS, Setup
+from benchmarks.methods import METHODS
 from benchmarks.models import mlp, resnet18
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.precision import bf16, bf16_kernels

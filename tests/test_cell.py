@@ -14,7 +14,8 @@ from benchmarks import cell as cells
 from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.data import Images, load
-from benchmarks.methods import METHODS, CLNPSettings, Method, Settings
+from benchmarks.learners import Settings
+from benchmarks.methods import METHODS, CLNPSettings, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
 

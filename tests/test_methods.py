@@ -13,17 +13,10 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from benchmarks.data import load
-from benchmarks.errors import UserError
+from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment
-from benchmarks.methods import (
-    METHODS,
-    CLNPSettings,
-    Learner,
-    LinearDecay,
-    Settings,
-    Setup,
-    pick,
-)
+from benchmarks.learners import Learner, LinearDecay, Settings, Setup
+from benchmarks.methods import METHODS, CLNPSettings
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
 
