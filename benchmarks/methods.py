@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 import pandas as pd
 import tyro
 
+from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, derive
@@ -170,6 +171,34 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# si
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SISettings(Settings):
+    """SI's own settings; see baselines/si.md."""
+
+    strength: float = 0.1
+    """c, the strength of the penalty."""
+    xi: float = 0.1
+    """The damping of the importance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        require(self.xi > 0, "xi", self.xi, "positive")
+
+
+def _si(setup: Setup, settings: SISettings) -> Learner:
+    plugin = SIPlugin(settings.strength, settings.xi)
+    return Learner(setup.strategy(settings, [plugin]), settings, plugin)
+
+
+SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False)
+
+
+# ---------------------------------------------------------------------------------------------
 # finetune, single_task
 # ---------------------------------------------------------------------------------------------
 
@@ -287,6 +316,21 @@ METHODS: dict[str, Method[Any]] = {
                 "quickstart": Settings(lr=0.004, epochs=40),
             },
             task_id_at_test=False,
+        ),
+        Method(
+            name="si",
+            build=_si,
+            settings={
+                "pmnist": SI_PMNIST,
+                "quickstart": SISettings(lr=0.004, epochs=40, strength=1.0),
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": tuple(
+                    dataclasses.replace(SI_PMNIST, strength=c) for c in (0.03, 0.1, 0.3, 1.0)
+                )
+            },
+            later=frozenset({"strength"}),
         ),
         Method(
             name="single_task",
