@@ -264,7 +264,11 @@ def run(
         The record, to be written by the caller.
     """
     started = time.perf_counter()
-    drift = LogitDrift()
+    scenario = cell.experiment.scenario(images, cell.seed)
+    # Without test images (tuning) there is no test stream, and drift is seen on validation data.
+    kinds = {"validation": "valid", "test": "test"}
+    streams = {n: scenario.streams[k] for n, k in kinds.items() if k in scenario.streams}
+    drift = LogitDrift("test" if "test" in streams else "valid")
     monitor = Monitor(announce)
     with warnings.catch_warnings():
         # The events are the log; Avalanche's own loggers would run in every step.
@@ -272,12 +276,10 @@ def run(
         evaluator = EvaluationPlugin(
             accuracy_metrics(experience=True), drift, loggers=[], collect_all=False
         )
-    scenario = cell.experiment.scenario(images, cell.seed)
     learner: Learner = cell.method.build(
         Setup(cell.experiment, scenario, cell.seed, device, evaluator, [monitor]), cell.settings
     )
     monitor.learner = learner
-    streams = {"validation": scenario.streams["valid"], "test": scenario.streams["test"]}
     accuracy: dict[str, Matrix] = {name: [] for name in streams}
     seconds: list[float] = []
     train_seconds = 0.0

@@ -196,6 +196,7 @@ def _si(setup: Setup, settings: SISettings) -> Learner:
 
 
 SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False)
+SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=1.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,13 +323,16 @@ METHODS: dict[str, Method[Any]] = {
             build=_si,
             settings={
                 "pmnist": SI_PMNIST,
-                "quickstart": SISettings(lr=0.004, epochs=40, strength=1.0),
+                "quickstart": SI_QUICKSTART,
             },
             task_id_at_test=False,
             grid={
                 "pmnist": tuple(
                     dataclasses.replace(SI_PMNIST, strength=c) for c in (0.03, 0.1, 0.3, 1.0)
-                )
+                ),
+                "quickstart": tuple(
+                    dataclasses.replace(SI_QUICKSTART, strength=c) for c in (0.3, 1.0, 3.0, 10.0)
+                ),
             },
             later=frozenset({"strength"}),
         ),
