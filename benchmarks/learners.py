@@ -200,6 +200,8 @@ class Learner:
         if self.plugin is not None:
             self.plugin.load_state_dict(state["plugin"])
         if not self.settings.reset_optimizer:
+            # Avalanche throws the optimizer's state away when it first sees the optimizer.
+            self.strategy.make_optimizer(reset_optimizer_state=True)
             self.strategy.optimizer.load_state_dict(state["optimizer"])
 
     def capacity(self) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ def test_the_command_reads_no_test_data_and_writes_the_account(
 
 def test_committed_accounts_agree_with_the_presets() -> None:
     accounts = sorted((ROOT / "reports" / "tuning").rglob("*.json"))
-    assert accounts
+    assert accounts, "nothing to compare"
     for path in accounts:
         found = json.loads(path.read_text())
         assert tuning.agrees(found, METHODS[found["method"]]), path
