@@ -196,7 +196,7 @@ def _si(setup: Setup, settings: SISettings) -> Learner:
 
 
 SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False)
-SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=1.0)
+SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=10.0)
 
 
 # ---------------------------------------------------------------------------------------------
