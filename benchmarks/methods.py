@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 import pandas as pd
 import tyro
 
+from baselines.ewc import EWCPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError, pick
@@ -234,6 +235,53 @@ def _single_task(setup: Setup, settings: Settings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# ewc, ewc_online
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EWCSettings(Settings):
+    """Settings of EWC in its summed form; see baselines/ewc.md."""
+
+    strength: float = 100.0
+    """lambda: the loss has lambda/2 times the sum of F (theta - theta*)^2."""
+    fisher: Literal["exact", "empirical"] = "exact"
+    """Labels in the Fisher information: those predicted, with their probabilities, or the true."""
+    samples: int | None = None
+    """Training images from which a task's Fisher information is estimated; None: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        require(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+
+
+@dataclass(frozen=True)
+class OnlineEWCSettings(EWCSettings):
+    """Settings of online EWC; see baselines/ewc.md."""
+
+    gamma: float = 1.0
+    """How much of the old tasks' Fisher information remains after a new task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.gamma <= 1, "gamma", self.gamma, "within [0, 1]")
+
+
+def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
+    online = isinstance(settings, OnlineEWCSettings)
+    plugin = EWCPlugin(
+        settings.strength,
+        fisher=settings.fisher,
+        samples=settings.samples,
+        mode="online" if online else "summed",
+        gamma=settings.gamma if isinstance(settings, OnlineEWCSettings) else 1.0,
+        seed=derive(setup.seed, "ewc"),
+    )
+    return Learner(setup.strategy(settings, [plugin]), settings, plugin)
+
+
+# ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
@@ -344,6 +392,26 @@ METHODS: dict[str, Method[Any]] = {
                 "quickstart": Settings(lr=0.004, epochs=40),
             },
             task_id_at_test=True,
+        ),
+        Method(
+            name="ewc",
+            build=_ewc,
+            settings={
+                "pmnist": EWCSettings(epochs=10, decay_from=1.0),
+                "quickstart": EWCSettings(lr=0.004, epochs=40, decay_from=1.0),
+            },
+            task_id_at_test=False,
+            later=frozenset({"strength"}),
+        ),
+        Method(
+            name="ewc_online",
+            build=_ewc,
+            settings={
+                "pmnist": OnlineEWCSettings(epochs=10, decay_from=1.0),
+                "quickstart": OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0),
+            },
+            task_id_at_test=False,
+            later=frozenset({"strength", "gamma"}),
         ),
     )
 }
