@@ -281,11 +281,22 @@ def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
     return Learner(setup.strategy(settings, [plugin]), settings, plugin)
 
 
+EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, strength=500.0, samples=5000)
+EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, strength=500.0, samples=5000)
+EWC_STRENGTHS = (100.0, 500.0, 2000.0, 10000.0)
+
+
 # ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
 S = TypeVar("S", bound=Settings)
+
+
+def strengths(settings: S, values: tuple[float, ...]) -> tuple[S, ...]:
+    """Return a grid of settings that differ in their `strength`."""
+    changes: list[dict[str, Any]] = [{"strength": value} for value in values]
+    return tuple(dataclasses.replace(settings, **change) for change in changes)
 
 
 @dataclass(frozen=True)
@@ -375,12 +386,8 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=False,
             grid={
-                "pmnist": tuple(
-                    dataclasses.replace(SI_PMNIST, strength=c) for c in (0.03, 0.1, 0.3, 1.0)
-                ),
-                "quickstart": tuple(
-                    dataclasses.replace(SI_QUICKSTART, strength=c) for c in (0.3, 1.0, 3.0, 10.0)
-                ),
+                "pmnist": strengths(SI_PMNIST, (0.03, 0.1, 0.3, 1.0)),
+                "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
             },
             later=frozenset({"strength"}),
         ),
@@ -397,20 +404,22 @@ METHODS: dict[str, Method[Any]] = {
             name="ewc",
             build=_ewc,
             settings={
-                "pmnist": EWCSettings(epochs=10, decay_from=1.0),
+                "pmnist": EWC_PMNIST,
                 "quickstart": EWCSettings(lr=0.004, epochs=40, decay_from=1.0),
             },
             task_id_at_test=False,
+            grid={"pmnist": strengths(EWC_PMNIST, EWC_STRENGTHS)},
             later=frozenset({"strength"}),
         ),
         Method(
             name="ewc_online",
             build=_ewc,
             settings={
-                "pmnist": OnlineEWCSettings(epochs=10, decay_from=1.0),
+                "pmnist": EWC_ONLINE_PMNIST,
                 "quickstart": OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0),
             },
             task_id_at_test=False,
+            grid={"pmnist": strengths(EWC_ONLINE_PMNIST, EWC_STRENGTHS)},
             later=frozenset({"strength", "gamma"}),
         ),
     )
