@@ -349,20 +349,40 @@ METHODS: dict[str, Method[Any]] = {
             name="ewc",
             build=_ewc,
             settings={
-                "pmnist": EWCSettings(epochs=10, decay_from=1.0),
+                "pmnist": EWCSettings(epochs=10, decay_from=1.0, samples=10_000),
                 "quickstart": EWCSettings(lr=0.004, epochs=40, decay_from=1.0),
             },
             task_id_at_test=False,
+            grid={
+                "pmnist": tuple(
+                    EWCSettings(epochs=10, decay_from=1.0, samples=10_000, strength=strength)
+                    for strength in (10.0, 100.0, 1000.0, 10_000.0)
+                ),
+                "quickstart": tuple(
+                    EWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=strength)
+                    for strength in (30.0, 100.0, 300.0, 1000.0)
+                ),
+            },
             later=frozenset({"strength"}),
         ),
         Method(
             name="ewc_online",
             build=_ewc,
             settings={
-                "pmnist": OnlineEWCSettings(epochs=10, decay_from=1.0),
+                "pmnist": OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000),
                 "quickstart": OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0),
             },
             task_id_at_test=False,
+            grid={
+                "pmnist": tuple(
+                    OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000, strength=strength)
+                    for strength in (10.0, 100.0, 1000.0, 10_000.0)
+                ),
+                "quickstart": tuple(
+                    OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=strength)
+                    for strength in (30.0, 100.0, 300.0, 1000.0)
+                ),
+            },
             later=frozenset({"strength", "gamma"}),
         ),
     )
