@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,11 @@ from torch import Tensor
 from baselines.fisher import Batch, Kind, diagonal_fisher
 
 Mode = Literal["summed", "online"]
+
+CPU_PART = 2**17
+"""Entries handled at once on a CPU."""
+Pull = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A parameter's gradient, the parameter, its importance and its anchor."""
 
 
 class EWCPlugin(SupervisedPlugin):
@@ -133,9 +138,8 @@ class EWCPlugin(SupervisedPlugin):
             if parameter.grad is not None
         ]
         if reached:
-            gradients, parameters, importances, anchors = map(list, zip(*reached, strict=True))
-            distances = torch._foreach_sub(parameters, anchors)
-            torch._foreach_addcmul_(gradients, importances, distances, value=self.strength)
+            add = _add_in_parts if reached[0][1].device.type == "cpu" else _add_at_once
+            add(reached, self.strength)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Take the task's F and theta* into the penalty."""
@@ -186,6 +190,23 @@ class EWCPlugin(SupervisedPlugin):
             yield batches()
         finally:
             strategy.adapted_dataset, strategy.dataloader = dataset, loader
+
+
+def _add_at_once(reached: Sequence[Pull], strength: float) -> None:
+    """Add strength · importance · (parameter − anchor) to the gradients, in few kernels."""
+    gradients, parameters, importances, anchors = map(list, zip(*reached, strict=True))
+    distances = torch._foreach_sub(parameters, anchors)
+    torch._foreach_addcmul_(gradients, importances, distances, value=strength)
+
+
+def _add_in_parts(reached: Sequence[Pull], strength: float) -> None:
+    """Do the same in parts whose distances from the anchor stay in a CPU's cache."""
+    for pull in reached:
+        values = [torch.atleast_1d(value) for value in pull]
+        rows = max(1, CPU_PART // max(1, values[0][:1].numel()))
+        parts = (value.split(rows) for value in values)
+        for gradient, parameter, importance, anchor in zip(*parts, strict=True):
+            gradient.addcmul_(importance, parameter - anchor, value=strength)
 
 
 def _grown(kept: Tensor, parameter: Tensor, name: str) -> Tensor:

@@ -281,9 +281,14 @@ def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
     return Learner(setup.strategy(settings, [plugin]), settings, plugin)
 
 
-EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, strength=500.0, samples=5000)
-EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, strength=500.0, samples=5000)
-EWC_STRENGTHS = (100.0, 500.0, 2000.0, 10000.0)
+EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, samples=10_000)
+EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0)
+EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000)
+EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0)
+EWC_STRENGTHS = {
+    "pmnist": (10.0, 100.0, 1000.0, 10_000.0),
+    "quickstart": (30.0, 100.0, 300.0, 1000.0),
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -405,10 +410,13 @@ METHODS: dict[str, Method[Any]] = {
             build=_ewc,
             settings={
                 "pmnist": EWC_PMNIST,
-                "quickstart": EWCSettings(lr=0.004, epochs=40, decay_from=1.0),
+                "quickstart": EWC_QUICKSTART,
             },
             task_id_at_test=False,
-            grid={"pmnist": strengths(EWC_PMNIST, EWC_STRENGTHS)},
+            grid={
+                "pmnist": strengths(EWC_PMNIST, EWC_STRENGTHS["pmnist"]),
+                "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS["quickstart"]),
+            },
             later=frozenset({"strength"}),
         ),
         Method(
@@ -416,10 +424,13 @@ METHODS: dict[str, Method[Any]] = {
             build=_ewc,
             settings={
                 "pmnist": EWC_ONLINE_PMNIST,
-                "quickstart": OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0),
+                "quickstart": EWC_ONLINE_QUICKSTART,
             },
             task_id_at_test=False,
-            grid={"pmnist": strengths(EWC_ONLINE_PMNIST, EWC_STRENGTHS)},
+            grid={
+                "pmnist": strengths(EWC_ONLINE_PMNIST, EWC_STRENGTHS["pmnist"]),
+                "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS["quickstart"]),
+            },
             later=frozenset({"strength", "gamma"}),
         ),
     )

@@ -20,6 +20,7 @@ from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from baselines import ewc as ewc_module
 from baselines import fisher as fisher_module
 from baselines.ewc import EWCPlugin
 from baselines.fisher import Kind, diagonal_fisher
@@ -391,6 +392,17 @@ def test_a_huge_strength_freezes_what_matters_alone() -> None:
     order = importance.argsort()
     assert (importance[order[-20:]] > 0).all()
     assert held[order[-20:]].mean() < 0.2 * free[order[-20:]].mean()
+
+
+@pytest.mark.parametrize("add", [ewc_module._add_in_parts, ewc_module._add_at_once])
+def test_a_cpu_and_other_devices_add_the_same(add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ewc_module, "CPU_PART", 10)
+    shapes: list[tuple[int, ...]] = [(), (0, 3), (7, 3), (2, 40), (9,)]
+    pulls = [tuple(torch.randn(shape) for _ in range(4)) for shape in shapes]
+    expected = [g + 3.0 * importance * (p - anchor) for g, p, importance, anchor in pulls]
+    add(pulls, 3.0)
+    for (gradient, *_), value in zip(pulls, expected, strict=True):
+        torch.testing.assert_close(gradient, value)
 
 
 def test_samples_are_drawn_by_seed_and_task() -> None:
