@@ -193,9 +193,11 @@ def measure(strategy: Any, stream: Any, learnt: int) -> list[float | None]:
     list of float or None
         The accuracy on each experience as a fraction; None for those not learnt yet.
     """
+    row: list[float | None] = [None] * len(stream)
+    if learnt == 0:
+        return row
     strategy.evaluator.reset_last_metrics()
     values = strategy.eval(stream[:learnt])
-    row: list[float | None] = [None] * len(stream)
     for key, value in values.items():
         if found := re.fullmatch(r"Top1_Acc_Exp/.*/Exp(\d+)", key):
             row[int(found[1])] = float(value)
@@ -320,7 +322,7 @@ def run(
         learner.train(scenario.streams["train"][task])
         train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
-            accuracy[name].append(measure(learner.strategy, stream, task + 1))
+            accuracy[name].append(measure(learner.strategy, stream, learner.learnt(task + 1)))
         seconds.append(time.perf_counter() - began)
         save_state(
             path,
@@ -350,7 +352,8 @@ def run(
             }
         )
 
-    drifts = drift.drift()
+    # A method that learns all at once is never seen to drift.
+    drifts = drift.drift() if learner.learnt(1) else {}
     record = {
         "experiment": cell.experiment.name,
         "method": cell.method.name,
@@ -360,7 +363,7 @@ def run(
         "accuracy": accuracy,
         "capacity": learner.capacity(),
         "sufficiency": learner.sufficiency(),
-        "logit_drift": [drifts[task] for task in range(cell.experiment.tasks)],
+        "logit_drift": [drifts.get(task) for task in range(cell.experiment.tasks)],
         "parameters": learner.parameters(),
         "task_id_at_test": cell.method.task_id_at_test,
         "seconds": {

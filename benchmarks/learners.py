@@ -185,6 +185,10 @@ class Learner:
         fresh = self.settings.reset_optimizer
         self.strategy.train(experience, eval_streams=[], reset_optimizer_state=fresh)
 
+    def learnt(self, trained: int) -> int:
+        """Return how many tasks can be evaluated after so many calls of `train`."""
+        return trained
+
     def state(self) -> State:
         """Return what the coming tasks need of the past ones (tensors, numbers, lists, dicts)."""
         state: State = {"model": self.strategy.model.state_dict()}

@@ -11,6 +11,7 @@ import pandas as pd
 import tyro
 
 from baselines.ewc import EWCPlugin
+from baselines.joint import JointPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from benchmarks.errors import UserError, pick
@@ -292,6 +293,34 @@ EWC_STRENGTHS = {
 
 
 # ---------------------------------------------------------------------------------------------
+# joint
+# ---------------------------------------------------------------------------------------------
+
+
+class JointLearner(Learner):
+    """All tasks at once, as soon as the last one has come."""
+
+    def __init__(self, strategy: Any, settings: Settings, tasks: int) -> None:
+        super().__init__(strategy, settings)
+        self.tasks = tasks
+
+    def train(self, experience: Any) -> None:
+        """Train on all tasks if this is the last one."""
+        if experience.logging().current_experience == self.tasks - 1:
+            super().train(experience)
+
+    def learnt(self, trained: int) -> int:
+        """Return 0 until all have come."""
+        return self.tasks if trained == self.tasks else 0
+
+
+def _joint(setup: Setup, settings: Settings) -> Learner:
+    plugin = JointPlugin(setup.scenario.streams["train"])
+    strategy = setup.strategy(settings, [plugin])
+    return JointLearner(strategy, settings, setup.experiment.tasks)
+
+
+# ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
@@ -395,6 +424,18 @@ METHODS: dict[str, Method[Any]] = {
                 "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
             },
             later=frozenset({"strength"}),
+        ),
+        Method(
+            name="joint",
+            build=_joint,
+            settings={
+                "pmnist": Settings(epochs=20),
+                "quickstart": Settings(lr=0.004, epochs=40),
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": tuple(Settings(epochs=20, lr=lr) for lr in (0.0005, 0.001, 0.002)),
+            },
         ),
         Method(
             name="single_task",

@@ -90,11 +90,12 @@ class View:
             case "task":
                 kind = "test" if "test" in event["accuracy"] else "validation"
                 seen = [value for value in event["accuracy"][kind] if value is not None]
-                self.line(
-                    f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
-                    f"{event['seconds']:.0f} s, {kind} {percent(seen[-1])}, "
-                    f"mean of the learnt {percent(sum(seen) / len(seen))}"
-                )
+                if seen:  # else nothing has been learnt yet
+                    self.line(
+                        f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
+                        f"{event['seconds']:.0f} s, {kind} {percent(seen[-1])}, "
+                        f"mean of the learnt {percent(sum(seen) / len(seen))}"
+                    )
             case "end" | "failed":
                 if self._cell is not None:
                     self.progress.remove_task(self._cell)
