@@ -351,9 +351,9 @@ class ResidentData(SupervisedTemplate):
 
     What a strategy trains or evaluates on is `adapted_dataset`. If that is one ResidentDataset or a
     subset of it, batches are gathered on the device; if a strategy or a plugin changed it
-    (transforms, data from elsewhere), Avalanche's stock loader serves it. The data of several tasks,
-    one after another, are served by index too, in batches drawn from all alike (Avalanche's own are
-    balanced by task).
+    (transforms, data from elsewhere), Avalanche's stock loader serves it. The data of several
+    tasks, one after another, are served by index too, in batches drawn from all alike (Avalanche's
+    own are balanced by task).
 
     Parameters
     ----------

@@ -91,21 +91,3 @@ def test_record_has_one_row(record: Any, tmp_path: Path) -> None:
     cell = decode(record)
     assert mean_accuracy(cell.test) > 60
     assert backward_transfer(cell.test) != backward_transfer(cell.test)  # not a number
-
-
-def test_interrupted_and_resumed_it_is_the_same(record: Any, tmp_path: Path) -> None:
-    images = load("digits")
-    cell = Cell(TINY, METHODS["joint"], 100, images.fingerprint)
-
-    class Stop(Exception):
-        pass
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "task" and event["task"] == 1:
-            raise Stop
-
-    git = {"commit": None, "dirty": True}
-    with pytest.raises(Stop):
-        cells.run(cell, images, torch.device("cpu"), tmp_path, git, stop)
-    again = cells.run(cell, images, torch.device("cpu"), tmp_path, git, lambda _: None)
-    assert again["accuracy"] == record["accuracy"]
