@@ -1,4 +1,4 @@
-"""The command line, ``python -m benchmarks run|report|prepare|speed``: a dispatcher.
+"""The command line, ``python -m benchmarks run|tune|report|prepare|speed``: a dispatcher.
 
 What is heavy is imported only by the command that needs it, so that --help answers at once.
 """
@@ -59,6 +59,31 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Try a method's grid on validation data, with seeds of its own; test data are not loaded.
+
+    What the result already holds is not trained again, and an interrupted candidate goes on.
+    """
+
+    method: str
+    """Name of the method, such as clnp; its grid stands in benchmarks/methods.py."""
+    experiment: str = "pmnist"
+    """Name of the experiment: pmnist or quickstart."""
+    seeds: tuple[int, ...] = (100,)
+    """The seeds, from 100 on; those of an earlier result are kept."""
+    tasks: int = 3
+    """How many tasks of the stream each candidate learns."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    data_dir: Path | None = None
+    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
+    tuning_dir: Path = Path("reports/tuning")
+    """Folder of the results, one JSON file an experiment and method."""
+    runs_dir: Path = Path("runs")
+    """Folder of logs and the state of unfinished candidates."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Rebuild tables and figures from the records."""
 
@@ -91,6 +116,7 @@ class Speed:
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
@@ -151,6 +177,28 @@ def run(options: Run) -> int:
     return code
 
 
+def tune(options: Tune) -> int:
+    """Run a method's grid and print its candidates."""
+    from benchmarks import tune as tuning
+    from benchmarks.errors import pick
+    from benchmarks.reporting import page, tables
+    from benchmarks.runner import pick_device
+
+    presets = experiments()
+    preset = presets[pick("experiment", options.experiment, presets)]
+    asked = tuning.request(options.method, preset, options.seeds, options.tasks)
+    code, result = tuning.run(
+        asked,
+        options.tuning_dir,
+        options.runs_dir,
+        options.data_dir,
+        pick_device(options.device),
+    )
+    print(page.aligned(tables.tuning_table([result])))
+    print(tuning.verdict(result))
+    return code
+
+
 def report(options: Report) -> int:
     """Rebuild the report and print its main table."""
     from benchmarks.reporting import page
@@ -203,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options:
             case Run():
                 return run(options)
+            case Tune():
+                return tune(options)
             case Report():
                 return report(options)
             case Prepare():

@@ -86,10 +86,11 @@ class View:
             case "epoch":
                 self._epoch(event)
             case "task":
-                seen = [value for value in event["accuracy"]["test"] if value is not None]
+                stream = "test" if "test" in event["accuracy"] else "validation"
+                seen = [value for value in event["accuracy"][stream] if value is not None]
                 self.line(
                     f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
-                    f"{event['seconds']:.0f} s, test {percent(seen[-1])}, "
+                    f"{event['seconds']:.0f} s, {stream} {percent(seen[-1])}, "
                     f"mean of the learnt {percent(sum(seen) / len(seen))}"
                 )
             case "end" | "failed":
