@@ -90,7 +90,7 @@ def pmnist(session: nox.Session) -> None:
 
 @nox.session
 def tune(session: nox.Session) -> None:
-    """Compare a method's settings on validation data (-- --method si --experiment pmnist)."""
+    """Try a method's grid on validation data: nox -s tune -- --method clnp."""
     run_module(session, "benchmarks", "tune", *session.posargs)
 
 

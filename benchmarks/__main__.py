@@ -60,24 +60,27 @@ class Run:
 
 @dataclass(frozen=True)
 class Tune:
-    """Compare the settings of a method's grid on validation data; test data are not even read."""
+    """Try a method's grid on validation data, with seeds of its own; test data are not loaded.
+
+    What the result already holds is not trained again, and an interrupted candidate goes on.
+    """
 
     method: str
-    """Name of the method."""
-    experiment: str
+    """Name of the method, such as clnp; its grid stands in benchmarks/methods.py."""
+    experiment: str = "pmnist"
     """Name of the experiment: pmnist or quickstart."""
     seeds: tuple[int, ...] = (100,)
-    """The seeds, from 100 on."""
+    """The seeds, from 100 on; those of an earlier result are kept."""
     tasks: int = 3
-    """Number of tasks that each candidate learns."""
+    """How many tasks of the stream each candidate learns."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
     data_dir: Path | None = None
     """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
+    tuning_dir: Path = Path("reports/tuning")
+    """Folder of the results, one JSON file an experiment and method."""
     runs_dir: Path = Path("runs")
-    """Folder of logs and of the state of unfinished candidates."""
-    out_dir: Path = Path("reports/tuning")
-    """Folder of the accounts."""
+    """Folder of logs and the state of unfinished candidates."""
 
 
 @dataclass(frozen=True)
@@ -175,22 +178,25 @@ def run(options: Run) -> int:
 
 
 def tune(options: Tune) -> int:
-    """Run a method's grid and write the account of it."""
-    from benchmarks import tune
+    """Run a method's grid and print its candidates."""
+    from benchmarks import tune as tuning
     from benchmarks.errors import pick
+    from benchmarks.reporting import page, tables
     from benchmarks.runner import pick_device
 
     presets = experiments()
-    return tune.main(
-        options.method,
-        presets[pick("experiment", options.experiment, presets)](),
-        options.seeds,
-        options.tasks,
-        pick_device(options.device),
-        options.data_dir,
+    preset = presets[pick("experiment", options.experiment, presets)]
+    asked = tuning.request(options.method, preset, options.seeds, options.tasks)
+    code, result = tuning.run(
+        asked,
+        options.tuning_dir,
         options.runs_dir,
-        options.out_dir,
+        options.data_dir,
+        pick_device(options.device),
     )
+    print(page.aligned(tables.tuning_table([result])))
+    print(tuning.verdict(result))
+    return code
 
 
 def report(options: Report) -> int:

@@ -61,16 +61,27 @@ class Cell:
         Of fields with a default only those with another value count, so that a new field leaves
         the names of old cells alone. Paths, devices and W&B do not count.
         """
-        return digest(
-            {
-                "experiment": {"preset": self.experiment.preset, **changed(self.experiment)},
-                "method": self.method.name,
-                "revision": self.method.revision,
-                "settings": changed(self.settings),
-                "seed": self.seed,
-                "data": {self.experiment.dataset: self.fingerprint},
-            }
-        )
+        return digest(self._named(changed(self.settings)))
+
+    @cached_property
+    def first_hash(self) -> str:
+        """SHA-256 of everything that can change what the first task learns.
+
+        Cells that differ in the method's `later` settings alone have it in common.
+        """
+        settings = changed(self.settings)
+        first = {name: settings[name] for name in settings if name not in self.method.later}
+        return digest({**self._named(first), "learnt": 1})
+
+    def _named(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "experiment": {"preset": self.experiment.preset, **changed(self.experiment)},
+            "method": self.method.name,
+            "revision": self.method.revision,
+            "settings": settings,
+            "seed": self.seed,
+            "data": {self.experiment.dataset: self.fingerprint},
+        }
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -239,11 +250,13 @@ def run(
     folder: Path,
     git: dict[str, Any],
     announce: Listener,
+    first: Path | None = None,
 ) -> records.Record:
     """Train and evaluate a cell, going on from its saved state if there is one.
 
     The state is saved after every task. A task's random numbers depend on (seed, task) alone, and
     each task starts with a fresh optimizer, so that a resumed cell equals an uninterrupted one.
+    Images that were loaded without test data give a record without test accuracy.
 
     Parameters
     ----------
@@ -259,6 +272,9 @@ def run(
         Commit and cleanness of the code that runs.
     announce
         Called with each event: start, epoch, task, end.
+    first
+        File of the state after the first task, for all cells with the same `Cell.first_hash`: a
+        cell without a state of its own starts from it, or writes it. None: each trains its own.
 
     Returns
     -------
@@ -287,11 +303,14 @@ def run(
     train_seconds = 0.0
 
     path, ignored = folder / STATE, None
-    if path.exists():
+    starts = {path: cell.hash} | ({} if first is None else {first: cell.first_hash})
+    for start, hash_ in starts.items():
+        if not start.exists():
+            continue
         try:
-            state = load_state(path, cell.hash)
+            state = load_state(start, hash_)
         except ValueError as error:
-            ignored = f"{path} is not used, the cell starts over: {error}"
+            ignored = f"{start} is not used, what it holds is trained again: {error}"
         else:
             learner.restore(state["learner"])
             drift.load_state_dict(state["drift"])
@@ -303,6 +322,7 @@ def run(
             # A task reseeds what it draws; this is for a method that draws between tasks.
             torch.set_rng_state(state["rng"])
             git = {**git, "dirty": git["dirty"] or state["git"]["dirty"]}
+            break
     announce(
         {
             "event": "start",
@@ -324,20 +344,20 @@ def run(
         for name, stream in streams.items():
             accuracy[name].append(measure(learner.strategy, stream, learner.learnt(task + 1)))
         seconds.append(time.perf_counter() - began)
-        save_state(
-            path,
-            {
-                "format": FORMAT,
-                "hash": cell.hash,
-                "learner": learner.state(),
-                "drift": drift.state_dict(),
-                "accuracy": accuracy,
-                "seconds": seconds,
-                "train_seconds": train_seconds,
-                "rng": torch.get_rng_state(),
-                "git": git,
-            },
-        )
+        state = {
+            "format": FORMAT,
+            "hash": cell.hash,
+            "learner": learner.state(),
+            "drift": drift.state_dict(),
+            "accuracy": accuracy,
+            "seconds": seconds,
+            "train_seconds": train_seconds,
+            "rng": torch.get_rng_state(),
+            "git": git,
+        }
+        save_state(path, state)
+        if task == 0 and first is not None:
+            save_state(first, state | {"hash": cell.first_hash})
         announce(
             {
                 "event": "task",

@@ -390,6 +390,11 @@ def _parsed(kind: Any, value: str) -> Any:
     return tyro.cli(kind, args=value.split(","), console_outputs=False)
 
 
+_CLNP = CLNPSettings(lr=0.002, epochs=60, keep_epoch="latest-within-margin")
+"""On permuted MNIST: the paper's learning rate and L1 strengths."""
+_PLAIN = {"pmnist": Settings(epochs=20), "quickstart": Settings(lr=0.004, epochs=40)}
+"""Of single_task, and so of finetune: they differ in what is forgotten and nothing else."""
+
 METHODS: dict[str, Method[Any]] = {
     method.name: method
     for method in (
@@ -397,18 +402,22 @@ METHODS: dict[str, Method[Any]] = {
             name="clnp",
             build=_clnp,
             settings={
-                "pmnist": CLNPSettings(lr=0.002, epochs=60, keep_epoch="latest-within-margin"),
+                "pmnist": _CLNP,
                 "quickstart": CLNPSettings(lr=0.004, margin=0.01, l1=(2e-4, 1e-3, 1e-4)),
             },
             task_id_at_test=True,
+            grid={
+                "pmnist": tuple(
+                    dataclasses.replace(_CLNP, lr=lr, l1=(first, *_CLNP.l1[1:]))
+                    for lr in (0.002, 0.001)
+                    for first in (1e-7, 1e-6)
+                ),
+            },
         ),
         Method(
             name="finetune",
             build=_finetune,
-            settings={
-                "pmnist": Settings(epochs=20),
-                "quickstart": Settings(lr=0.004, epochs=40),
-            },
+            settings=_PLAIN,
             task_id_at_test=False,
         ),
         Method(
@@ -440,11 +449,14 @@ METHODS: dict[str, Method[Any]] = {
         Method(
             name="single_task",
             build=_single_task,
-            settings={
-                "pmnist": Settings(epochs=20),
-                "quickstart": Settings(lr=0.004, epochs=40),
-            },
+            settings=_PLAIN,
             task_id_at_test=True,
+            grid={
+                "pmnist": (
+                    *(Settings(epochs=20, lr=lr) for lr in (0.001, 0.0005, 0.002)),
+                    Settings(epochs=40, lr=0.0005),
+                ),
+            },
         ),
         Method(
             name="ewc",

@@ -12,6 +12,8 @@ from benchmarks.errors import UserError
 from benchmarks.experiment import digest
 
 Record = dict[str, Any]
+Tuning = dict[str, Any]
+"""The result of a method's grid; see `benchmarks.tune`."""
 
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "experiment": str,
@@ -151,6 +153,57 @@ def write(path: Path, record: Record) -> None:
     if wrong := problem(record):
         raise ValueError(f"refusing to write a broken record to {path}: {wrong}")
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+TUNING: dict[str, type | tuple[type, ...]] = {
+    "experiment": str,
+    "method": str,
+    "revision": int,
+    "config": dict,
+    "seeds": list,
+    "tasks": int,
+    "candidates": list,
+    "winner": (int, type(None)),
+    "dirty": bool,
+    "checksum": str,
+}
+
+
+def read_tuning(path: Path) -> Tuning:
+    """Return the result of a grid.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read or is damaged; the message names the file and the fault.
+    """
+    wrong = None
+    try:
+        result = json.loads(path.read_bytes())
+        for key, kind in TUNING.items():
+            if not isinstance(result[key], kind):
+                wrong = f"{key!r} is {result[key]!r}"
+        if wrong is None and result["checksum"] != _checksum(result):
+            wrong = "its checksum does not fit its contents"
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    except (KeyError, TypeError) as error:
+        wrong = f"{error} is missing"
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: {wrong}. Restore it from git, or delete it and tune.")
+    return dict(result)
+
+
+def write_tuning(path: Path, result: Tuning) -> None:
+    """Write the result of a grid, with a checksum of its contents.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written.
+    """
+    whole = {**result, "checksum": _checksum(result)}
+    write_atomically(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
 
 
 def disagreements(recorded: Any, today: Any, prefix: str = "") -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("*.py", "constraints.txt", "pyproject.toml", ":!tests", ":!benchmarks/reporting")
 """What can change a result: git pathspecs. Reports are made from records, by no training code."""
+
+Keep = Callable[[Cell, records.Record], None]
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any]:
@@ -178,21 +180,71 @@ def run_grid(
     if git["dirty"]:
         print("The code has uncommitted changes: these records will fill no table of the paper.")
 
+    return run_cells(
+        todo,
+        images,
+        device,
+        git,
+        places.runs,
+        lambda cell, record: records.write(cell.record_path(places.records), record),
+        wandb,
+    )
+
+
+def run_cells(
+    todo: Sequence[Cell],
+    images: Images,
+    device: torch.device,
+    git: dict[str, Any],
+    runs: Path,
+    keep: Keep,
+    wandb: Mode = "disabled",
+    share_first: bool = False,
+) -> int:
+    """Run cells of one experiment, one after another, and keep each record as it comes.
+
+    Parameters
+    ----------
+    todo
+        What to run.
+    images
+        The experiment's data, on `device`.
+    device
+        Where to train.
+    git
+        From `git_state`.
+    runs
+        Folder of logs and resume states.
+    keep
+        Takes each cell and its record.
+    wandb
+        How to mirror the logs to Weights & Biases.
+    share_first
+        Whether cells with the same `Cell.first_hash` train their first task once.
+
+    Returns
+    -------
+    int
+        Exit code, as of `run_grid`.
+    """
     if not todo:
         return 0
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
+    if (threads := todo[0].experiment.threads) is not None:
+        torch.set_num_threads(threads)
     failed = []
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         with View(len(todo)) as view:
-            for cell in todo:
-                if error := _run_one(cell, places, images, device, git, wandb, view):
+            for place, cell in enumerate(todo):
+                first = first_state(cell, runs) if share_first else None
+                if error := _run_one(cell, images, device, git, runs, keep, wandb, view, first):
                     failed.append(error)
+                elif first and first not in (first_state(c, runs) for c in todo[place + 1 :]):
+                    first.unlink(missing_ok=True)
     except KeyboardInterrupt as stop:
         print(
             f"Stopped in {cell.name}. Finished cells are recorded, and the finished tasks of this "
-            f"one are saved in {cell.run_dir(places.runs)}: the same command goes on from there."
+            f"one are saved in {cell.run_dir(runs)}: the same command goes on from there."
         )
         return 143 if isinstance(stop, Terminated) else 130
     finally:
@@ -202,23 +254,30 @@ def run_grid(
     return 1 if failed else 0
 
 
+def first_state(cell: Cell, runs: Path) -> Path:
+    """Return where cells with the same first task keep the state after it."""
+    return cell.run_dir(runs).with_name(f"first-seed{cell.seed}-{cell.first_hash[:8]}.pt")
+
+
 def _run_one(
     cell: Cell,
-    places: Places,
     images: Images,
     device: torch.device,
     git: dict[str, Any],
+    runs: Path,
+    keep: Keep,
     wandb: Mode,
     view: View,
+    first: Path | None,
 ) -> str | None:
-    """Run a cell and write its record; return what went wrong, or None."""
-    folder = cell.run_dir(places.runs)
+    """Run a cell and hand its record on; return what went wrong, or None."""
+    folder = cell.run_dir(runs)
     trace = folder / "traceback.txt"
     tracker = Tracker(folder, wandb, view)
     failed = True
     try:
-        record = cells.run(cell, images, device, folder, git, tracker.announce)
-        records.write(cell.record_path(places.records), record)
+        record = cells.run(cell, images, device, folder, git, tracker.announce, first)
+        keep(cell, record)
         (folder / cells.STATE).unlink(missing_ok=True)
         trace.unlink(missing_ok=True)
         failed = False

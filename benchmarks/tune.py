@@ -1,272 +1,283 @@
-"""Tuning: a method's grid on validation data, on seeds that no table uses."""
+"""Tuning: a method's grid on validation data, with seeds that no table uses.
+
+``reports/tuning/<experiment>/<method>.json`` holds every candidate and the winner, whose settings
+the method is to have in `benchmarks.methods`. Test data are not even loaded.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks import cell as cells
 from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError, pick
-from benchmarks.experiment import Experiment, canonical
+from benchmarks.experiment import Experiment, canonical, changed
 from benchmarks.learners import Settings
 from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
-from benchmarks.runner import git_state
-from benchmarks.tracking import Tracker, View
-
-if TYPE_CHECKING:
-    from benchmarks.data import Images
+from benchmarks.records import Tuning
+from benchmarks.runner import git_state, run_cells
 
 FIRST_SEED = 100
-"""Smaller seeds are those of tables, and no choice may see them."""
-MOST = 4
-"""Candidates a method may have."""
+"""Seeds below it are those of the tables: nothing is chosen by them."""
+TASKS = 3
+"""First tasks of the stream that a candidate learns."""
 
 
-class _Learnt(Exception):
-    """The first task has been learnt and saved."""
+@dataclass(frozen=True)
+class Request:
+    """One method's grid on one experiment."""
+
+    experiment: Experiment
+    """The preset, with as many tasks as a candidate learns."""
+    method: Method[Any]
+    seeds: tuple[int, ...]
+
+    def path(self, folder: Path) -> Path:
+        """Where the result belongs."""
+        return folder / self.experiment.preset / f"{self.method.name}.json"
+
+    def cells(self, seeds: Sequence[int], fingerprint: str) -> list[list[Cell]]:
+        """Return the cells of each candidate, one a seed."""
+        preset = self.experiment.preset
+        return [
+            [
+                Cell(
+                    self.experiment,
+                    dataclasses.replace(self.method, settings={preset: settings}),
+                    seed,
+                    fingerprint,
+                )
+                for seed in seeds
+            ]
+            for settings in self.method.grid[preset]
+        ]
 
 
-def candidates(method: Method[Any], experiment: Experiment) -> tuple[Settings, ...]:
-    """Return a method's grid in an experiment.
+def request(
+    method: str,
+    preset: type[Experiment],
+    seeds: Sequence[int] = (FIRST_SEED,),
+    tasks: int = TASKS,
+) -> Request:
+    """Return what is to be run.
 
     Raises
     ------
     UserError
-        If it has none, more than 4 candidates, or two that are equal.
+        For an unknown method, one without a grid, a seed of the tables, or a seed twice.
     """
-    grid: tuple[Settings, ...] = method.grid.get(experiment.preset, ())
-    if not grid:
-        have = sorted(name for name, m in METHODS.items() if experiment.preset in m.grid)
+    chosen = METHODS[pick("method", method, METHODS)]
+    if not chosen.grid.get(preset.preset):
+        having = sorted(name for name, m in METHODS.items() if m.grid.get(preset.preset))
         raise UserError(
-            f"{method.name} has no grid for {experiment.preset}. Methods that have one: "
-            f"{', '.join(have) or 'none'}."
+            f"{method} has no grid for {preset.preset}. Methods with one: "
+            f"{', '.join(having) or 'none'}. A grid is entered in benchmarks/methods.py: "
+            f'grid={{"{preset.preset}": (settings, ...)}}.'
         )
-    if len(grid) > MOST or len(set(grid)) < len(grid):
-        raise UserError(f"The grid of {method.name} must be of at most {MOST} different settings.")
-    return grid
+    if not seeds:
+        raise UserError("No seed to run.")
+    if min(seeds) < FIRST_SEED:
+        raise UserError(
+            f"The seed {min(seeds)} is one of the tables': nothing may be chosen by it. Tune with "
+            f"seeds from {FIRST_SEED} on."
+        )
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"A seed is given twice: {', '.join(map(str, seeds))}.")
+    return Request(preset(tasks=tasks), chosen, tuple(seeds))
 
 
-def cell_of(
-    method: Method[Any], settings: Settings, experiment: Experiment, seed: int, fingerprint: str
-) -> Cell:
-    """Return the cell that trains a candidate."""
-    only = dataclasses.replace(method, settings={experiment.preset: settings})
-    return Cell(experiment, only, seed, fingerprint)
-
-
-def share_first_task(source: Path, source_hash: str, cell: Cell, folder: Path) -> None:
-    """Give a cell the state of another one after the first task, unless it has its own."""
-    target = folder / cells.STATE
-    if not target.exists():
-        state = cells.load_state(source, source_hash)
-        folder.mkdir(parents=True, exist_ok=True)
-        cells.save_state(target, {**state, "hash": cell.hash})
-
-
-def winner(accuracies: Sequence[Sequence[float]]) -> int:
-    """Return the first candidate of the highest mean accuracy over its seeds."""
-    means = [statistics.fmean(values) for values in accuracies]
-    return means.index(max(means))
-
-
-def tune(
-    method: Method[Any],
-    preset: Experiment,
-    images: Images,
-    device: torch.device,
-    runs: Path,
-    seeds: Sequence[int] = (FIRST_SEED,),
-    tasks: int = 3,
-    share: bool = True,
-) -> dict[str, Any]:
-    """Train every candidate of a method's grid, and return the account of it.
-
-    What has been trained before is taken from `runs`, and an interrupted candidate goes on after
-    its last task.
+def run(
+    asked: Request, tuning: Path, runs: Path, data: Path | None, device: torch.device
+) -> tuple[int, Tuning]:
+    """Train the candidates that the result lacks, and write the result after each of them.
 
     Parameters
     ----------
-    method, preset
-        Whose grid, in which experiment.
-    images
-        The experiment's data, loaded without test images.
+    asked
+        From `request`. The seeds of an earlier result of the same method are kept.
+    tuning, runs, data
+        Folders of the results, of logs and resume states, and of the data sets.
     device
         Where to train.
-    runs
-        Folder of states and results.
-    seeds
-        From 100 on.
-    tasks
-        How many tasks each candidate learns.
-    share
-        Train the first task once for candidates that differ in `Method.later` alone.
 
     Returns
     -------
-    dict
-        JSON values: what was run, the candidates with their validation accuracies, the winner.
+    code : int
+        0; 1 if a candidate failed; 130 or 143 if it was interrupted or terminated.
+    result : dict
+        As it stands in its file.
 
     Raises
     ------
     UserError
-        For a seed of the tables, or a method without a grid.
+        Before any training: folders that cannot be written, missing data, a result that is
+        damaged or of another experiment.
     """
-    if not seeds or min(seeds) < FIRST_SEED or len(set(seeds)) < len(seeds):
-        raise UserError(
-            f"Seeds {list(seeds)}: tuning needs different ones from {FIRST_SEED} on, since smaller "
-            "ones are those of the tables."
-        )
-    grid = candidates(method, preset)
-    experiment = dataclasses.replace(preset, tasks=tasks)
+    path = asked.path(tuning)
+    records.check_writable(path.parent)
+    records.check_writable(runs)
+    tune_process()
     git = git_state()
-    found: list[list[dict[str, Any]]] = [[] for _ in grid]
-    with View(len(grid) * len(seeds)) as view:
-        for seed in seeds:
-            for place, settings in enumerate(grid):
-                cell = cell_of(method, settings, experiment, seed, images.fingerprint)
-                folder = cell.run_dir(runs / "tuning")
-                done = folder / "result.json"
-                if not done.exists():
-                    if share and method.later and tasks > 1:
-                        _first_task(cell, images, device, runs, git, view)
-                    result = _train(cell, images, device, folder, git, view)
-                    records.write_atomically(done, (json.dumps(result) + "\n").encode())
-                    (folder / cells.STATE).unlink(missing_ok=True)
-                found[place].append(json.loads(done.read_text()))
-    scores = [[result["mean"] for result in results] for results in found]
-    return {
-        "experiment": preset.name,
-        "method": method.name,
-        "revision": method.revision,
-        "data": {preset.dataset: images.fingerprint},
-        "tasks": tasks,
-        "seeds": list(seeds),
-        "measure": "mean validation accuracy over the tasks after the last one",
-        "candidates": [
-            {
-                "settings": json.loads(canonical(dataclasses.asdict(settings))),
-                "mean": statistics.fmean(score),
-                "runs": results,
-            }
-            for settings, score, results in zip(grid, scores, found, strict=True)
-        ],
-        "winner": winner(scores),
+    images = asked.experiment.load(data, device, test=False)
+    config = {
+        "experiment": asked.experiment.config(),
+        "data": {asked.experiment.dataset: images.fingerprint},
     }
+    before = _earlier(path, asked, config)
+    seeds = sorted({*asked.seeds, *(before["seeds"] if before else ())})
+    grid = asked.cells(seeds, images.fingerprint)
+    done = {
+        run["hash"]: run
+        for candidate in (before["candidates"] if before else ())
+        for run in candidate["runs"]
+    }
+    wanted = {cell.hash for row in grid for cell in row}
+    # What was tried with another grid has been tried: it stays, and counts.
+    left = [
+        candidate
+        for candidate in (before["candidates"] if before else ())
+        if candidate["runs"] and wanted.isdisjoint(run["hash"] for run in candidate["runs"])
+    ]
+
+    def result() -> Tuning:
+        return _result(asked, config, seeds, grid, done, left)
+
+    def keep(cell: Cell, record: records.Record) -> None:
+        done[cell.hash] = _run(cell, record)
+        records.write_tuning(path, result())
+
+    todo = [cell for row in grid for cell in row if cell.hash not in done]
+    print(
+        f"{asked.experiment.preset} {asked.method.name}: {len(grid)} candidates, "
+        f"{len(seeds)} seeds, {len(todo)} of {len(grid) * len(seeds)} runs to do."
+    )
+    if git["dirty"]:
+        print("The code has uncommitted changes; the result will say so.")
+    todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
+    code = run_cells(todo, images, device, git, runs / "tuning", keep, share_first=True)
+    if code == 0:
+        records.write_tuning(path, result())
+    return code, result()
 
 
-def _first_task(
-    cell: Cell,
-    images: Images,
-    device: torch.device,
-    runs: Path,
-    git: dict[str, Any],
-    view: View,
-) -> None:
-    """Bring a cell to the state after its first task, by another one's if that is the same."""
-    method, own = cell.method, cell.settings
-    plain = type(own)()
-    same = dataclasses.replace(own, **{name: getattr(plain, name) for name in method.later})
-    shared = cell_of(method, same, cell.experiment, cell.seed, cell.fingerprint)
-    folder = shared.run_dir(runs / "tuning" / "first_task")
-    saved = folder / cells.STATE
-    if not saved.exists():
-        tracker = Tracker(folder, "disabled", view)
-
-        def until_learnt(event: dict[str, Any]) -> None:
-            tracker.announce(event)
-            if event["event"] == "task":
-                raise _Learnt
-
-        try:
-            cells.run(shared, images, device, folder, git, until_learnt)
-        except _Learnt:
-            pass
-        finally:
-            tracker.close(False)
-    share_first_task(saved, shared.hash, cell, cell.run_dir(runs / "tuning"))
+def _earlier(path: Path, asked: Request, config: dict[str, Any]) -> Tuning | None:
+    """Return the result so far; None if there is none of this revision of the method."""
+    if not path.exists():
+        return None
+    before = records.read_tuning(path)
+    if before["revision"] != asked.method.revision:
+        return None
+    if wrong := records.disagreements(before["config"], config):
+        raise UserError(
+            f"{path} was made under another config ({'; '.join(wrong)}). Delete it to tune anew, "
+            "or write elsewhere with --tuning-dir."
+        )
+    return before
 
 
-def _train(
-    cell: Cell,
-    images: Images,
-    device: torch.device,
-    folder: Path,
-    git: dict[str, Any],
-    view: View,
-) -> dict[str, Any]:
-    tracker = Tracker(folder, "disabled", view)
-    try:
-        record = cells.run(cell, images, device, folder, git, tracker.announce)
-    finally:
-        tracker.close(False)
+def _run(cell: Cell, record: records.Record) -> dict[str, Any]:
+    """Return what a result keeps of one candidate's record."""
     last = record["accuracy"]["validation"][-1]
     return {
         "seed": cell.seed,
         "hash": cell.hash,
         "validation": last,
-        "mean": statistics.fmean(last),
+        "mean": float(np.mean(last)),
         "seconds": record["seconds"]["train"],
-        "git": record["git"],
         "environment": record["environment"],
+        "git": record["git"],
     }
 
 
-def agrees(account: dict[str, Any], method: Method[Any]) -> bool:
-    """Return whether a method's settings are those of the winner in an account of tuning."""
-    settings = method.settings[account["experiment"]]
-    today = json.loads(canonical(dataclasses.asdict(settings)))
-    won = account["candidates"][account["winner"]]["settings"]
-    return not records.disagreements(won, today)
-
-
-def main(
-    name: str,
-    preset: Experiment,
+def _result(
+    asked: Request,
+    config: dict[str, Any],
     seeds: Sequence[int],
-    tasks: int,
-    device: torch.device,
-    data_dir: Path | None,
-    runs: Path,
-    out: Path,
-) -> int:
-    """Tune a method, write its account and print it; return the exit code."""
-    method = METHODS[pick("method", name, METHODS)]
-    candidates(method, preset)
-    records.check_writable(runs)
-    path = out / preset.name / f"{method.name}.json"
-    records.check_writable(path.parent)
-    tune_process()
-    if preset.threads is not None:
-        torch.set_num_threads(preset.threads)
-    images = preset.load(data_dir, device, test=False)
-    account = tune(method, preset, images, device, runs, seeds, tasks)
-    records.write_atomically(path, (json.dumps(account, indent=1) + "\n").encode())
-    for place, candidate in enumerate(account["candidates"]):
-        settings = METHODS[method.name].grid[preset.preset][place]
-        chosen = "  <- winner" if place == account["winner"] else ""
-        print(f"{candidate['mean']:8.2%}  {_shown(settings, method, preset)}{chosen}")
-    if not agrees(account, method):
-        print(f"The settings of {method.name} for {preset.name} in benchmarks/methods.py aren't")
-        print("the winner's: enter these.")
-    print(f"Account: {path}")
-    return 0
+    grid: Sequence[Sequence[Cell]],
+    done: dict[str, dict[str, Any]],
+    left: Sequence[dict[str, Any]],
+) -> Tuning:
+    candidates = []
+    for row in grid:
+        runs = [done[cell.hash] for cell in row if cell.hash in done]
+        means = [run["mean"] for run in runs]
+        settings = row[0].settings
+        candidates.append(
+            {
+                "settings": asdict(settings),
+                "changed": changed(settings),
+                "in_grid": True,
+                "runs": runs,
+                "mean": float(np.mean(means)) if means else None,
+                "sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+                "seconds": sum(run["seconds"] for run in runs),
+            }
+        )
+    whole = all(len(candidate["runs"]) == len(seeds) for candidate in candidates)
+    best = max(range(len(grid)), key=lambda i: candidates[i]["mean"]) if whole else None
+    everything = [*candidates, *({**candidate, "in_grid": False} for candidate in left)]
+    result: Tuning = json.loads(
+        canonical(
+            {
+                "experiment": asked.experiment.preset,
+                "method": asked.method.name,
+                "revision": asked.method.revision,
+                "config": config,
+                "seeds": seeds,
+                "tasks": asked.experiment.tasks,
+                "candidates": everything,
+                "winner": best,
+                "dirty": any(run["git"]["dirty"] for c in everything for run in c["runs"]),
+            }
+        )
+    )
+    return result
 
 
-def _shown(settings: Settings, method: Method[Any], preset: Experiment) -> str:
-    """Return the settings in which the candidates of a grid differ."""
-    grid = method.grid[preset.preset]
-    names = [
-        field.name
-        for field in dataclasses.fields(settings)
-        if len({getattr(other, field.name) for other in grid}) > 1
+def mismatches(result: Tuning, settings: Settings) -> list[str]:
+    """Return where a method's settings are not those of the winner.
+
+    Parameters
+    ----------
+    result
+        Of a method's tuning.
+    settings
+        Those that the method has in the same experiment.
+
+    Returns
+    -------
+    list of str
+        One entry a setting, such as ``"lr = 0.002, not 0.001"``; the winner's value comes first.
+        A setting that is younger than the result is held to its default.
+    """
+    if result["winner"] is None:
+        return ["the grid is not finished: run the same command again"]
+    today = json.loads(canonical(asdict(settings)))
+    default = {field.name: field.default for field in dataclasses.fields(settings)}
+    won = json.loads(canonical(default)) | result["candidates"][result["winner"]]["settings"]
+    return [
+        f"{name} = {won[name]!r}, not {today.get(name)!r}"
+        for name in won
+        if name not in today or won[name] != today[name]
     ]
-    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+
+
+def verdict(result: Tuning) -> str:
+    """Return whether the method has the winner's settings, and if not, which ones to enter."""
+    preset, method = result["experiment"], result["method"]
+    wrong = mismatches(result, METHODS[method].settings[preset])
+    if not wrong:
+        return f"The settings of {method} for {preset} are the winner's."
+    return (
+        f"The settings of {method} for {preset} are not the winner's: {'; '.join(wrong)}. "
+        "Enter them in benchmarks/methods.py."
+    )

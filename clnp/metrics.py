@@ -1,5 +1,6 @@
 """LogitDrift: how far the logits of old tasks have moved since they were learnt."""
 
+import math
 from typing import Any
 
 from avalanche.evaluation import PluginMetric
@@ -12,12 +13,16 @@ class LogitDrift(PluginMetric[float]):
 
     The probe of an experience is the first batch on which it is evaluated; its logits are kept
     the first time it is evaluated after it was learnt, and compared ever after. 0 means that they
-    are bitwise the same. Costs no forward pass of its own.
+    are bitwise the same; nan that nobody can tell, since training went on before the experience was
+    evaluated. Costs no forward pass of its own.
+
+    A metric of an `EvaluationPlugin`; for a strategy with its default evaluator, one of its plugins
+    (then :meth:`drift` tells the values, which are not logged).
 
     Parameters
     ----------
     stream
-        Name of the evaluation stream whose experiences are watched.
+        Name of the evaluation stream whose experiences are watched; others are left alone.
     """
 
     def __init__(self, stream: str = "test") -> None:
@@ -33,11 +38,19 @@ class LogitDrift(PluginMetric[float]):
         return dict(sorted(self._drift.items()))
 
     def result(self) -> float:
-        """The largest drift of all experiences."""
-        return max(self._drift.values(), default=0.0)
+        """The largest drift of all experiences; nan if none was evaluated, or one too late."""
+        # Not max alone: whether it returns a nan depends on the order.
+        unknown = not self._drift or any(map(math.isnan, self._drift.values()))
+        return math.nan if unknown else max(self._drift.values())
 
     def reset(self) -> None:
         """Nothing: drift is measured over the whole life of a strategy."""
+
+    def before_training_exp(self, strategy: Any) -> None:
+        """Give up those whose logits nobody has seen: training is about to move them."""
+        # One that is itself trained again is learnt anew.
+        for index in self._learnt - self._reference.keys() - {_index(strategy)}:
+            self._drift[index] = math.nan
 
     def after_training_exp(self, strategy: Any) -> None:
         """Remember that the experience has been learnt."""
@@ -53,6 +66,8 @@ class LogitDrift(PluginMetric[float]):
         name = getattr(getattr(strategy.experience, "origin_stream", None), "name", self._stream)
         if self._probed or index not in self._learnt or name != self._stream:
             return
+        if math.isnan(self._drift.get(index, 0.0)):
+            return
         self._probed = True
         logits = strategy.mb_output.detach()
         kept = self._reference.get(index)
@@ -61,13 +76,16 @@ class LogitDrift(PluginMetric[float]):
             self._drift[index] = 0.0
             return
         now = logits.cpu()
-        if kept.shape != now.shape:  # a head that grew: what was there is compared
-            kept, now = kept[:, : now.shape[1]], now[:, : kept.shape[1]]
+        if kept.shape != now.shape:  # a head or a batch that grew: what was there is compared
+            rows, columns = min(len(kept), len(now)), min(kept.shape[1], now.shape[1])
+            kept, now = kept[:rows, :columns], now[:rows, :columns]
         change = float((now - kept).abs().max()) if kept.numel() else 0.0
         self._drift[index] = max(self._drift[index], change)
 
     def after_eval(self, strategy: Any) -> list[MetricValue]:
-        """Report the largest drift after each evaluation."""
+        """Report the largest drift after each evaluation, as soon as there is one."""
+        if not self._drift:
+            return []
         step = strategy.clock.train_iterations
         return [MetricValue(self, str(self), self.result(), step)]
 

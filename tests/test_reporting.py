@@ -21,12 +21,13 @@ import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks.errors import UserError
-from benchmarks.records import path_of, read, write
+from benchmarks.records import path_of, read, read_tuning, write, write_tuning
 from benchmarks.reporting import claims, load, page, stats, tables
 from benchmarks.reporting.figures import style
 
 TESTS = Path(__file__).parent
 RECORDS = TESTS / "fixtures" / "records"
+TUNING = TESTS / "fixtures" / "tuning"
 GOLDEN = TESTS / "golden" / "reporting"
 TARGETS = TESTS.parent / "reports" / "targets"
 
@@ -56,7 +57,7 @@ def target() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    (out / "text").write_text(page.build(RECORDS, out / "out"), encoding="utf-8")
+    (out / "text").write_text(page.build(RECORDS, out / "out", tuning_dir=TUNING), encoding="utf-8")
     return out
 
 
@@ -467,14 +468,80 @@ def test_every_claim_of_the_protocol_is_listed_once() -> None:
     assert sorted(listed) == sorted(described)
 
 
+# ---------------------------------------------------------------- tuning
+
+
+def test_main_table_tells_what_was_tried(target: dict[str, Any]) -> None:
+    tunings, notes = load.tunings(TUNING, "pmnist")
+    assert notes == []
+    text = tables.main_table(cells_of("pmnist"), target, tunings).text.set_index("Method")
+    assert text["Tried"].to_dict() == dict.fromkeys(text.index, "—") | {"CLNP": "3", "EWC": "2"}
+
+
+def test_tuning_table_against_the_results() -> None:
+    tunings, _ = load.tunings(TUNING, "pmnist")
+    table = tables.tuning_table(tunings, ["finetune"])
+    assert list(table.text["Method"]) == ["EWC", "EWC", "CLNP", "CLNP", "CLNP", "Fine-tuning"]
+    # Only the settings in which the candidates differ.
+    assert list(table.text["Configuration"]) == [
+        "strength 10",
+        "strength 100",
+        "lr 0.002, l1 1e-07/1e-05/1e-06",
+        "lr 0.001, l1 1e-07/1e-05/1e-06",
+        "lr 0.002, l1 1e-06/1e-05/1e-06",
+        "—",
+    ]
+    assert set(table.text.iloc[-1]) == {"Fine-tuning", "—"}
+    assert table.text["Winner"].iloc[4] == "no (earlier grid)"
+    clnp = read_tuning(TUNING / "pmnist" / "clnp.json")
+    rows = table.numbers[table.numbers["method"] == "clnp"]
+    for (_, row), candidate in zip(rows.iterrows(), clnp["candidates"], strict=True):
+        means = [100 * np.mean(run["validation"]) for run in candidate["runs"]]
+        assert row["mean"] == pytest.approx(np.mean(means))
+        assert row["sd"] == pytest.approx(np.std(means, ddof=1))
+        assert (row["n"], row["seeds"]) == (2, "100 101")
+    assert list(rows["minutes"]) == [5, 10, 15]
+    assert list(rows["winner"]).index(True) == clnp["winner"]
+    assert (
+        "Budget: EWC: 2 configurations, first 3 tasks, seed 100; "
+        "CLNP: 3 configurations, first 3 tasks, seeds 100–101."
+    ) in table.notes
+
+
+def test_tuning_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "pmnist"
+    result = read_tuning(TUNING / "pmnist" / "ewc.json")
+    del result["checksum"]
+    write_tuning(folder / "ewc.json", result | {"dirty": True})
+    write_tuning(folder / "si.json", result | {"method": "si", "winner": None})
+    write_tuning(folder / "hat.json", result)
+    write_tuning(folder / "lwf.json", result | {"method": "lwf"})
+    path = folder / "lwf.json"
+    path.write_text(path.read_text().replace('"seed": 100', '"seed": 102'))
+    tunings, notes = load.tunings(tmp_path, "pmnist")
+    assert [tuning["method"] for tuning in tunings] == ["ewc"]
+    assert len(notes) == 4
+    for part in ("ewc.json comes from uncommitted", "hat.json holds ewc", "lwf.json is damaged"):
+        assert any(part in note for note in notes)
+    assert any("si.json is not finished" in note for note in notes)
+    assert str(tmp_path) not in "".join(notes)
+
+
+def test_only_tuned_experiments_have_such_a_section(built: Path) -> None:
+    assert (built / "out" / "pmnist" / "tuning.md").exists()
+    assert not (built / "out" / "quickstart" / "tuning.md").exists()
+    html = (built / "out" / "index.html").read_text(encoding="utf-8")
+    assert html.count("Tuning: every configuration tried") == 1
+
+
 # ---------------------------------------------------------------- files
 
 
 def test_same_bytes_in_another_process_and_folder(built: Path, tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from benchmarks.reporting.page import build; "
-    code += "build(Path(sys.argv[1]), Path(sys.argv[2]))"
+    code += "build(Path(sys.argv[1]), Path(sys.argv[2]), tuning_dir=Path(sys.argv[3]))"
     subprocess.run(
-        [sys.executable, "-c", code, str(RECORDS), str(tmp_path / "elsewhere")],
+        [sys.executable, "-c", code, str(RECORDS), str(tmp_path / "elsewhere"), str(TUNING)],
         check=True,
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1", "TZ": "Asia/Tokyo"},
@@ -523,7 +590,7 @@ def test_a_search_is_shown_where_a_record_has_one(built: Path, tmp_path: Path) -
     assert "Grid search" not in (built / "out" / "index.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["table1", "claims", "comparisons", "capacity", "seeds"])
+@pytest.mark.parametrize("name", ["table1", "claims", "comparisons", "capacity", "seeds", "tuning"])
 @pytest.mark.parametrize("suffix", ["md", "tex", "csv"])
 def test_golden(built: Path, name: str, suffix: str) -> None:
     now = (built / "out" / "pmnist" / f"{name}.{suffix}").read_bytes()

@@ -16,7 +16,7 @@ import pandas as pd
 
 from benchmarks.errors import UserError
 from benchmarks.experiment import canonical
-from benchmarks.records import read
+from benchmarks.records import Tuning, read, read_tuning
 
 METHODS = {
     "single_task": "Single task",
@@ -237,6 +237,44 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
     if dirty:
         notes.append(f"From uncommitted code (git.dirty): {', '.join(dirty)}.")
     return notes
+
+
+def tunings(tuning_dir: Path, experiment: str) -> tuple[list[Tuning], list[str]]:
+    """Read what was tried for each method of an experiment.
+
+    Parameters
+    ----------
+    tuning_dir
+        Folder with ``<experiment>/<method>.json``.
+    experiment
+        Name of the experiment.
+
+    Returns
+    -------
+    found : list of dict
+        Results of finished grids, in the order of the rows.
+    notes : list of str
+        What was left out or needs a reader's attention, by name.
+    """
+    found, notes = [], []
+    for path in sorted((tuning_dir / experiment).glob("*.json")):
+        where = path.relative_to(tuning_dir).as_posix()
+        try:
+            result = read_tuning(path)
+        except UserError as error:
+            notes.append(f"Not used: {error}".replace(str(path), where))
+            continue
+        if (result["experiment"], result["method"]) != (experiment, path.stem):
+            notes.append(
+                f"Not used: tuning {where} holds {result['method']} of {result['experiment']}."
+            )
+        elif result["winner"] is None:
+            notes.append(f"Not used: tuning {where} is not finished.")
+        else:
+            found.append(result)
+            if result["dirty"]:
+                notes.append(f"Tuning {where} comes from uncommitted code (git.dirty).")
+    return sorted(found, key=lambda result: rank(result["method"])), notes
 
 
 def targets(targets_dir: Path) -> dict[str, Targets]:

@@ -35,7 +35,9 @@ class Section:
     notes: tuple[str, ...]
 
 
-def section(records_dir: Path, experiment: str, target: Targets | None) -> Section:
+def section(
+    records_dir: Path, experiment: str, target: Targets | None, tuning_dir: Path
+) -> Section:
     """Make the tables and figures of one experiment.
 
     Parameters
@@ -46,15 +48,19 @@ def section(records_dir: Path, experiment: str, target: Targets | None) -> Secti
         Its name; a custom one never meets the paper's table.
     target
         Its targets file; None if there is none.
+    tuning_dir
+        Folder of the results of the methods' grids.
     """
     beside = target if target and "table" in target else None
     cells, notes = load.cells(records_dir, experiment, paper=beside is not None)
+    tunings, remarks = load.tunings(tuning_dir, experiment)
+    notes += remarks
     custom = load.is_custom(experiment)
     headline: list[Table] = []
     details: list[Table | None] = []
     pictures: list[Picture] = []
     if cells or beside:
-        headline.append(tables.main_table(cells, beside))
+        headline.append(tables.main_table(cells, beside, tunings))
     if target:
         headline.append(claims.claims_table(target, cells))
     if cells:
@@ -68,6 +74,10 @@ def section(records_dir: Path, experiment: str, target: Targets | None) -> Secti
         pictures = _pictures(cells, target)
     else:
         notes.append(f"No usable record of {experiment} yet.")
+    if tunings:
+        tuned = {tuning["method"] for tuning in tunings}
+        untuned = [method for method in tables.by_method(cells) if method not in tuned]
+        details.append(tables.tuning_table(tunings, untuned))
     return Section(
         experiment=experiment,
         title=target["title"] if target else experiment,
@@ -154,6 +164,7 @@ def build(
     out_dir: Path,
     experiments: list[str] | None = None,
     targets_dir: Path = REPORTS / "targets",
+    tuning_dir: Path = REPORTS / "tuning",
 ) -> str:
     """Write every table and figure, and ``index.html`` with all of it.
 
@@ -169,6 +180,8 @@ def build(
         every experiment with records or targets, so that the page never loses one.
     targets_dir
         Folder with the paper's numbers, one TOML file an experiment.
+    tuning_dir
+        Folder with what was tried, ``<experiment>/<method>.json``.
 
     Returns
     -------
@@ -191,7 +204,7 @@ def build(
                 "python -m benchmarks run --help."
             )
     # What the paper has and nobody measured still has its claims on the page.
-    sections = [section(records_dir, name, targets.get(name)) for name in known]
+    sections = [section(records_dir, name, targets.get(name), tuning_dir) for name in known]
     try:
         for part in sections:
             _write(out_dir / part.experiment, part)

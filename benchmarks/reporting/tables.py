@@ -11,6 +11,8 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from benchmarks.experiment import canonical
+from benchmarks.records import Tuning
 from benchmarks.reporting.load import SEARCH, Cell, Targets, label, rank
 from benchmarks.reporting.stats import (
     NAN,
@@ -164,7 +166,12 @@ def per_seed(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main_frame(cells: Sequence[Cell], paper: dict[str, Any], every: Sequence[str]) -> pd.DataFrame:
+def main_frame(
+    cells: Sequence[Cell],
+    paper: dict[str, Any],
+    every: Sequence[str],
+    tunings: Sequence[Tuning] = (),
+) -> pd.DataFrame:
     """Return one row a method: the paper's number, ours, and what it costs.
 
     Parameters
@@ -175,8 +182,11 @@ def main_frame(cells: Sequence[Cell], paper: dict[str, Any], every: Sequence[str
         Method -> {accuracy, sd}: the paper's numbers.
     every
         Methods that have a row even without a record.
+    tunings
+        What was tried for the methods, as far as they were tuned.
     """
     groups = by_method(cells)
+    tried = {tuning["method"]: len(tuning["candidates"]) for tuning in tunings}
     rows = []
     for method in sorted({*every, *groups}, key=rank):
         mine = groups.get(method, [])
@@ -203,10 +213,11 @@ def main_frame(cells: Sequence[Cell], paper: dict[str, Any], every: Sequence[str
                 "trainable": round(np.mean([c.trainable for c in mine])) if mine else None,
                 "stored": round(np.mean([c.stored for c in mine])) if mine else None,
                 "train_minutes": summarise([cell.minutes for cell in mine]).mean,
+                "configurations": tried.get(method),
             }
         )
-    frame = pd.DataFrame(rows)
-    return frame.astype({"trainable": "Int64", "stored": "Int64", "task_id_at_test": "boolean"})
+    whole = dict.fromkeys(("trainable", "stored", "configurations"), "Int64")
+    return pd.DataFrame(rows).astype(whole | {"task_id_at_test": "boolean"})
 
 
 def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -435,6 +446,61 @@ def search_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "seed", *SEARCH])
 
 
+def tuning_frame(tunings: Sequence[Tuning]) -> pd.DataFrame:
+    """Return every configuration that was tried for the methods.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, candidate, configuration (the settings in which a method's candidates
+        differ, text), changed (canonical JSON of those that differ from the defaults), tasks,
+        seeds, values (%, one a seed), mean and sd (over seeds, %), n, minutes (of a seed), winner,
+        in_grid. Accuracies are means over the tasks after the last one, on validation data.
+    """
+    rows = []
+    for tuning in tunings:
+        candidates = tuning["candidates"]
+        names = [
+            name
+            for name in candidates[0]["settings"]
+            if len({canonical(c["settings"].get(name)) for c in candidates}) > 1
+        ]
+        for place, candidate in enumerate(candidates):
+            runs = candidate["runs"]
+            values = summarise([100 * run["mean"] for run in runs])
+            rows.append(
+                {
+                    "method": tuning["method"],
+                    "candidate": place,
+                    "configuration": ", ".join(
+                        f"{name} {_setting(candidate['settings'].get(name))}" for name in names
+                    ),
+                    "changed": canonical(candidate["changed"]),
+                    "tasks": tuning["tasks"],
+                    "seeds": " ".join(str(run["seed"]) for run in runs),
+                    "values": " ".join(f"{100 * run['mean']:.4f}" for run in runs),
+                    "mean": values.mean,
+                    "sd": values.sd,
+                    "n": values.n,
+                    "minutes": candidate["seconds"] / max(len(runs), 1) / 60,
+                    "winner": place == tuning["winner"],
+                    "in_grid": candidate["in_grid"],
+                }
+            )
+    columns = (
+        *("method", "candidate", "configuration", "changed", "tasks", "seeds", "values"),
+        *("mean", "sd", "n", "minutes", "winner", "in_grid"),
+    )
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def _setting(value: Any) -> str:
+    """Return a setting's value as it is given on the command line."""
+    if isinstance(value, list):
+        return "/".join(map(_setting, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _alphas(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{layer} {alpha:g}" for layer, alpha in value.items())
@@ -453,7 +519,9 @@ def _strings(
     )
 
 
-def main_table(cells: Sequence[Cell], target: Targets | None) -> Table:
+def main_table(
+    cells: Sequence[Cell], target: Targets | None, tunings: Sequence[Tuning] = ()
+) -> Table:
     """Return the main table: Table 1 beside the paper's numbers, or ours alone.
 
     Parameters
@@ -462,11 +530,13 @@ def main_table(cells: Sequence[Cell], target: Targets | None) -> Table:
         Cells of the experiment.
     target
         Contents of its targets file; None if the paper has no such table.
+    tunings
+        What was tried for the methods, as far as they were tuned.
     """
     head = target["table"] if target else {}
     paper = head.get("paper", {})
     every = sorted({*paper, *EXPECTED}, key=rank) if target else []
-    frame = main_frame(cells, paper, every)
+    frame = main_frame(cells, paper, every, tunings)
     level = confidence(target)
     columns: dict[str, Callable[[pd.Series[Any]], str]] = {"Method": lambda r: label(r["method"])}
     if target:
@@ -483,13 +553,15 @@ def main_table(cells: Sequence[Cell], target: Targets | None) -> Table:
         "Trainable": lambda r: count(r["trainable"]),
         "Stored": lambda r: count(r["stored"]),
         "Training": lambda r: duration(r["train_minutes"]),
+        "Tried": lambda r: NONE if pd.isna(r["configurations"]) else str(r["configurations"]),
     }
     notes = [
         "Ours: mean ± sample deviation over seeds; one seed: n = 1, no deviation, no interval.",
         "BWT: backward transfer in points, mean change of a task's accuracy from just after "
         "learning it to the end. Logit drift: largest change of any old task's logits. Task id: "
         "needed at test. Trainable: numbers in the network. Stored: numbers needed to run all "
-        f"tasks. Training: time of one seed, {hardware(cells)}.",
+        f"tasks. Training: time of one seed, {hardware(cells)}. Tried: configurations compared on "
+        "validation data to choose the method's settings; a dash: not tuned.",
         seeds_note(cells),
     ]
     if target:
@@ -673,6 +745,55 @@ def search_table(cells: Sequence[Cell]) -> Table | None:
             f"All scans together took {number(100 * scanning, 1)} % of the time that the "
             "candidates trained.",
         ),
+    )
+
+
+def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Table:
+    """Return every configuration that was tried, and by what the settings were chosen.
+
+    Parameters
+    ----------
+    tunings
+        Results of the methods' grids, finished or not.
+    untuned
+        Methods without such a result; each gets a row that says so.
+    """
+    frame = tuning_frame(tunings)
+    text = _strings(
+        frame,
+        {
+            "Method": lambda r: label(r["method"]),
+            "Configuration": lambda r: r["configuration"] or NONE,
+            "Validation, %": lambda r: plus_minus(r["mean"], r["sd"]),
+            "n": lambda r: str(r["n"]) if r["n"] else NONE,
+            "Training": lambda r: duration(r["minutes"]) if r["n"] else NONE,
+            "Winner": lambda r: (
+                "yes" if r["winner"] else "no" if r["in_grid"] else "no (earlier grid)"
+            ),
+        },
+    )
+    dashes = [dict.fromkeys(text, NONE) | {"Method": label(name)} for name in untuned]
+    budgets: dict[str, list[str]] = {}
+    for tuning in tunings:
+        budget = (
+            f"{len(tuning['candidates'])} configurations, first {tuning['tasks']} tasks, "
+            f"{'seed' if len(tuning['seeds']) == 1 else 'seeds'} {seed_list(tuning['seeds'])}"
+        )
+        budgets.setdefault(budget, []).append(label(tuning["method"]))
+    notes = [
+        "Mean accuracy over the tasks after the last one on held-out validation data, mean over "
+        "the seeds; no test data were loaded, and no table uses these seeds. The best one wins "
+        "(the first of equals), and its settings are the method's. Training: time of one seed.",
+    ]
+    if budgets:
+        told = (f"{', '.join(methods)}: {budget}" for budget, methods in budgets.items())
+        notes.append(f"Budget: {'; '.join(told)}.")
+    return Table(
+        name="tuning",
+        caption="Tuning: every configuration tried",
+        numbers=frame,
+        text=pd.concat([text, pd.DataFrame(dashes)], ignore_index=True),
+        notes=tuple(notes),
     )
 
 

@@ -1,0 +1,189 @@
+"""LogitDrift by itself: any Avalanche strategy, any evaluator, nothing of the method."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from avalanche.benchmarks import tensors_benchmark
+from avalanche.models import SimpleMLP, as_multitask
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.supervised import Naive
+from torch import Tensor, nn
+
+from clnp import LogitDrift
+
+TASKS = 3
+ROWS = 8
+"""Of a batch in evaluation."""
+
+
+def benchmark() -> Any:
+    """Three tasks of made data; `valid` holds other samples than `test`."""
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        (torch.randn(40, 8, generator=generator), torch.randint(0, 4, (40,), generator=generator))
+        for _ in range(TASKS)
+    ]
+    return tensors_benchmark(
+        train_tensors=data,
+        test_tensors=[(x[:20], y[:20]) for x, y in data],
+        other_streams_tensors={"valid": [(x[20:], y[20:]) for x, y in data]},
+        task_labels=list(range(TASKS)),
+    )
+
+
+def naive(
+    plugins: Sequence[Any] = (), model: nn.Module | None = None, lr: float = 0.1, **more: Any
+) -> Any:
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    return Naive(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=8,
+        eval_mb_size=ROWS,
+        plugins=list(plugins),
+        **more,
+    )
+
+
+def with_metric(drift: LogitDrift, **more: Any) -> Any:
+    return naive(evaluator=EvaluationPlugin(drift, loggers=[]), **more)
+
+
+def learn(strategy: Any, streams: Sequence[str] = ("test",)) -> list[dict[str, Any]]:
+    """Train task after task and evaluate the streams after each; return the last values."""
+    bench, values = benchmark(), []
+    for experience in bench.train_stream:
+        strategy.train(experience, eval_streams=[])
+        for stream in streams:
+            values.append(dict(strategy.eval(bench.streams[stream])))
+    return values
+
+
+class Probes(SupervisedPlugin):  # type: ignore[misc]
+    """The logits of the first batch of each experience of a stream, at every evaluation."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self.stream, self.fresh = stream, False
+        self.logits: dict[int, list[Tensor]] = {}
+
+    def before_eval_exp(self, strategy: Any, **_: Any) -> None:
+        self.fresh = strategy.experience.origin_stream.name == self.stream
+
+    def after_eval_iteration(self, strategy: Any, **_: Any) -> None:
+        if self.fresh:
+            seen = self.logits.setdefault(strategy.experience.current_experience, [])
+            seen.append(strategy.mb_output.clone())
+        self.fresh = False
+
+    def drift(self) -> dict[int, float]:
+        return {
+            task: max(float((x - seen[task]).abs().max()) for x in seen[task:])
+            for task, seen in self.logits.items()
+        }
+
+
+@pytest.mark.parametrize("watched", ["test", "valid"])
+@pytest.mark.parametrize("heads", ["one", "a task"])
+def test_drift_is_that_of_the_stream_it_watches(watched: str, heads: str) -> None:
+    probes, drift = Probes(watched), LogitDrift(watched)
+    model = None
+    if heads == "a task":
+        torch.manual_seed(0)
+        model = as_multitask(SimpleMLP(num_classes=4, input_size=8, hidden_size=16), "classifier")
+    values = learn(with_metric(drift, plugins=[probes], model=model), ("valid", "test"))
+    expected = probes.drift()
+    assert drift.drift() == expected
+    assert 0 < expected[0] > expected[2] == 0
+    assert values[-1]["LogitDrift"] == drift.result() == max(expected.values())
+
+
+def test_among_the_plugins_beside_the_default_evaluator() -> None:
+    drift, metric = LogitDrift(), LogitDrift()
+    with contextlib.redirect_stdout(io.StringIO()):  # the default evaluator prints
+        learn(naive([drift]))
+    learn(with_metric(metric))
+    assert drift.drift() == metric.drift()
+    assert drift.result() > 0
+
+
+def test_weights_that_stay_drift_by_zero_and_the_smallest_change_is_seen() -> None:
+    drift = LogitDrift()
+    learn(with_metric(drift, lr=0.0))
+    assert drift.drift() == dict.fromkeys(range(TASKS), 0.0)
+
+    drift = LogitDrift()
+    strategy = with_metric(drift, lr=0.0)
+    bench = benchmark()
+    strategy.train(bench.train_stream[0], eval_streams=[])
+    strategy.eval(bench.test_stream)
+    bias = strategy.model[2].bias
+    with torch.no_grad():
+        bias.copy_(torch.nextafter(bias, torch.tensor(9.0)))
+    strategy.eval(bench.test_stream)
+    assert 0 < drift.result() < 1e-6
+
+
+def test_evaluation_within_training_alone_is_enough() -> None:
+    """Avalanche evaluates before it trains again, so nothing is missed."""
+    drift, bench = LogitDrift(), benchmark()
+    strategy = with_metric(drift, eval_every=1)
+    learnt = []
+    for experience in bench.train_stream:
+        strategy.train(experience, eval_streams=[bench.valid_stream, bench.test_stream])
+        x = torch.stack([bench.test_stream[0].dataset[i][0] for i in range(ROWS)])
+        learnt.append(strategy.model(x).detach())
+    assert torch.equal(drift.state_dict()["reference"][0], learnt[0])
+    assert drift.drift()[0] == max(float((now - learnt[0]).abs().max()) for now in learnt)
+
+
+def test_what_was_evaluated_too_late_is_unknown() -> None:
+    drift = LogitDrift()
+    strategy, bench = with_metric(drift), benchmark()
+    for experience in bench.train_stream:
+        strategy.train(experience, eval_streams=[])
+    values = strategy.eval(bench.test_stream)
+    strategy.eval(bench.test_stream)
+    assert drift.drift() == pytest.approx({0: math.nan, 1: math.nan, 2: 0.0}, nan_ok=True)
+    assert math.isnan(values["LogitDrift"])
+
+
+def test_without_a_look_at_the_stream_there_is_no_value() -> None:
+    drift = LogitDrift()
+    values = learn(with_metric(drift), ["valid"])
+    assert "LogitDrift" not in values[0]
+    assert math.isnan(drift.result())
+
+
+def test_other_batches_are_compared_as_far_as_they_reach() -> None:
+    drift, same = LogitDrift(), LogitDrift()
+    strategy, bench = with_metric(drift, lr=0.0), benchmark()
+    for size, experience in zip((ROWS, 3, 20), bench.train_stream, strict=True):
+        strategy.eval_mb_size = size
+        strategy.train(experience, eval_streams=[])
+        strategy.eval(bench.test_stream)
+    learn(with_metric(same, lr=0.0))
+    assert drift.drift() == pytest.approx(same.drift(), abs=1e-5)
+
+
+def test_state_goes_on_where_it_was() -> None:
+    whole, first, second = LogitDrift(), LogitDrift(), LogitDrift()
+    learn(with_metric(whole))
+    bench, strategy = benchmark(), with_metric(first)
+    strategy.train(bench.train_stream[0], eval_streams=[])
+    strategy.eval(bench.test_stream)
+    second.load_state_dict(first.state_dict())
+    strategy.evaluator.metrics[:] = [second]
+    for experience in bench.train_stream[1:]:
+        strategy.train(experience, eval_streams=[])
+        strategy.eval(bench.test_stream)
+    assert second.drift() == whole.drift()
