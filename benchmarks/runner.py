@@ -200,6 +200,7 @@ def run_cells(
     keep: Keep,
     wandb: Mode = "disabled",
     share_first: bool = False,
+    lost: Callable[[Cell, Exception], None] | None = None,
 ) -> int:
     """Run cells of one experiment, one after another, and keep each record as it comes.
 
@@ -221,6 +222,8 @@ def run_cells(
         How to mirror the logs to Weights & Biases.
     share_first
         Whether cells with the same `Cell.first_hash` train their first task once.
+    lost
+        Told of each cell that fails, and why.
 
     Returns
     -------
@@ -237,7 +240,9 @@ def run_cells(
         with View(len(todo)) as view:
             for place, cell in enumerate(todo):
                 first = first_state(cell, runs) if share_first else None
-                if error := _run_one(cell, images, device, git, runs, keep, wandb, view, first):
+                tracker = Tracker(cell.run_dir(runs), wandb, view)
+                error = _run_one(cell, images, device, git, runs, keep, tracker, first, lost)
+                if error:
                     failed.append(error)
                 elif first and first not in (first_state(c, runs) for c in todo[place + 1 :]):
                     first.unlink(missing_ok=True)
@@ -266,14 +271,13 @@ def _run_one(
     git: dict[str, Any],
     runs: Path,
     keep: Keep,
-    wandb: Mode,
-    view: View,
+    tracker: Tracker,
     first: Path | None,
+    lost: Callable[[Cell, Exception], None] | None,
 ) -> str | None:
     """Run a cell and hand its record on; return what went wrong, or None."""
     folder = cell.run_dir(runs)
     trace = folder / "traceback.txt"
-    tracker = Tracker(folder, wandb, view)
     failed = True
     try:
         record = cells.run(cell, images, device, folder, git, tracker.announce, first)
@@ -285,6 +289,8 @@ def _run_one(
         text = f"{type(error).__name__}: {error}"
         trace.write_text(f"{cell.name}\n{canonical(cell.config)}\n\n{traceback.format_exc()}")
         tracker.announce({"event": "failed", "cell": cell.name, "error": text})
+        if lost is not None:
+            lost(cell, error)
         return f"{cell.name}: {text} (see {trace})"
     finally:
         tracker.close(failed)

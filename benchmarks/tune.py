@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import records
-from benchmarks.cell import Cell
+from benchmarks.cell import Cell, environment
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical, changed
 from benchmarks.learners import Settings
@@ -155,6 +155,15 @@ def run(
         done[cell.hash] = _run(cell, record)
         records.write_tuning(path, result())
 
+    def lost(cell: Cell, error: Exception) -> None:
+        # That a candidate diverges is a result; anything else is to be mended and run again.
+        if isinstance(error, FloatingPointError):
+            done[cell.hash] = {
+                **{"seed": cell.seed, "hash": cell.hash, "validation": None, "mean": None},
+                **{"seconds": 0.0, "environment": environment(device), "git": git},
+            }
+            records.write_tuning(path, result())
+
     todo = [cell for row in grid for cell in row if cell.hash not in done]
     print(
         f"{asked.experiment.preset} {asked.method.name}: {len(grid)} candidates, "
@@ -163,7 +172,7 @@ def run(
     if git["dirty"]:
         print("The code has uncommitted changes; the result will say so.")
     todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
-    code = run_cells(todo, images, device, git, runs / "tuning", keep, share_first=True)
+    code = run_cells(todo, images, device, git, runs / "tuning", keep, share_first=True, lost=lost)
     if code == 0:
         records.write_tuning(path, result())
     return code, result()
@@ -209,7 +218,9 @@ def _result(
     candidates = []
     for row in grid:
         runs = [done[cell.hash] for cell in row if cell.hash in done]
-        means = [run["mean"] for run in runs]
+        means = [run["mean"] for run in runs if run["mean"] is not None]
+        # One that diverges with any seed can't win.
+        steady = bool(means) and len(means) == len(runs)
         settings = row[0].settings
         candidates.append(
             {
@@ -217,13 +228,14 @@ def _result(
                 "changed": changed(settings),
                 "in_grid": True,
                 "runs": runs,
-                "mean": float(np.mean(means)) if means else None,
-                "sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+                "mean": float(np.mean(means)) if steady else None,
+                "sd": float(np.std(means, ddof=1)) if steady and len(means) > 1 else None,
                 "seconds": sum(run["seconds"] for run in runs),
             }
         )
     whole = all(len(candidate["runs"]) == len(seeds) for candidate in candidates)
-    best = max(range(len(grid)), key=lambda i: candidates[i]["mean"]) if whole else None
+    able = [i for i, candidate in enumerate(candidates) if candidate["mean"] is not None]
+    best = max(able, key=lambda i: candidates[i]["mean"]) if whole and able else None
     everything = [*candidates, *({**candidate, "in_grid": False} for candidate in left)]
     result: Tuning = json.loads(
         canonical(
@@ -260,7 +272,7 @@ def mismatches(result: Tuning, settings: Settings) -> list[str]:
         A setting that is younger than the result is held to its default.
     """
     if result["winner"] is None:
-        return ["the grid is not finished: run the same command again"]
+        return ["the grid has no winner yet: run the same command again, or widen it"]
     today = json.loads(canonical(asdict(settings)))
     default = {field.name: field.default for field in dataclasses.fields(settings)}
     won = json.loads(canonical(default)) | result["candidates"][result["winner"]]["settings"]

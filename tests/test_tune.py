@@ -24,6 +24,7 @@ from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import METHODS, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
+from benchmarks.reporting import tables
 from benchmarks.tracking import Tracker
 
 CPU = torch.device("cpu")
@@ -212,17 +213,41 @@ def test_interrupted_tuning_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     on_disk = records.read_tuning(path_of(tmp_path))
     assert sum(len(candidate["runs"]) for candidate in on_disk["candidates"]) == 1
     assert tune.mismatches(result, GRID[0]) == [
-        "the grid is not finished: run the same command again"
+        "the grid has no winner yet: run the same command again, or widen it"
     ]
     code, result = tuned(tmp_path)
     assert code == 0
     assert timeless(result) == timeless(tuned(tmp_path / "straight")[1])
 
 
-def test_a_failed_candidate_leaves_the_others_and_no_winner(
+def test_a_candidate_that_diverges_counts_and_never_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_grid(monkeypatch, PullSettings(lr=1e38), GRID[1])
+    code, result = tuned(tmp_path)
+    assert code == 1
+    assert [candidate["runs"][0]["validation"] is None for candidate in result["candidates"]] == [
+        True,
+        False,
+    ]
+    assert (result["candidates"][0]["mean"], result["winner"]) == (None, 1)
+    text = tables.tuning_table([result]).text
+    assert text.loc[0, ["Validation, %", "n"]].tolist() == ["—", "—"]
+    assert tuned(tmp_path) == (0, result)
+
+    with_grid(monkeypatch, PullSettings(lr=1e38))
+    assert tuned(tmp_path / "alone")[1]["winner"] is None
+
+
+def test_a_failed_candidate_leaves_the_others_and_no_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(setup: Setup, settings: PullSettings) -> Learner:
+        if settings.lr == GRID[0].lr:
+            raise RuntimeError("broken")
+        return build(setup, settings)
+
+    with_grid(monkeypatch, *GRID[:2], build=fail)
     code, result = tuned(tmp_path)
     assert code == 1
     assert [len(candidate["runs"]) for candidate in result["candidates"]] == [0, 1]

@@ -467,7 +467,8 @@ def tuning_frame(tunings: Sequence[Tuning]) -> pd.DataFrame:
         ]
         for place, candidate in enumerate(candidates):
             runs = candidate["runs"]
-            values = summarise([100 * run["mean"] for run in runs])
+            reached = [100 * run["mean"] for run in runs if run["mean"] is not None]
+            values = summarise(reached)
             rows.append(
                 {
                     "method": tuning["method"],
@@ -478,11 +479,11 @@ def tuning_frame(tunings: Sequence[Tuning]) -> pd.DataFrame:
                     "changed": canonical(candidate["changed"]),
                     "tasks": tuning["tasks"],
                     "seeds": " ".join(str(run["seed"]) for run in runs),
-                    "values": " ".join(f"{100 * run['mean']:.4f}" for run in runs),
+                    "values": " ".join(f"{value:.4f}" for value in reached),
                     "mean": values.mean,
                     "sd": values.sd,
                     "n": values.n,
-                    "minutes": candidate["seconds"] / max(len(runs), 1) / 60,
+                    "minutes": candidate["seconds"] / max(values.n, 1) / 60,
                     "winner": place == tuning["winner"],
                     "in_grid": candidate["in_grid"],
                 }
@@ -783,7 +784,8 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
     notes = [
         "Mean accuracy over the tasks after the last one on held-out validation data, mean over "
         "the seeds; no test data were loaded, and no table uses these seeds. The best one wins "
-        "(the first of equals), and its settings are the method's. Training: time of one seed.",
+        "(the first of equals), and its settings are the method's. Training: time of one seed. "
+        "n: seeds; where there are fewer than in the budget, the others diverged.",
     ]
     if budgets:
         told = (f"{', '.join(methods)}: {budget}" for budget, methods in budgets.items())
