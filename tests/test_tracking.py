@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def wandb_records(path: Path) -> Iterator[Any]:
             whole = b""
 
 
+def wait_for_the_end(path: Path, seconds: float = 60) -> None:
+    """Wait until W&B's own process has written all: on a busy machine finish() returns before."""
+    end = time.monotonic() + seconds
+    while not any(record.HasField("exit") for record in wandb_records(path)):
+        assert time.monotonic() < end, f"{path} has no end"
+        time.sleep(0.1)
+
+
 def history(path: Path) -> dict[str, list[Any]]:
     """Return all values of each metric in a W&B run file."""
     found: dict[str, list[Any]] = {}
@@ -96,6 +105,7 @@ def test_offline_run_file_holds_the_cell(tmp_path: Path) -> None:
         )  # fmt: skip
         tracker.close()
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    wait_for_the_end(path)
     mirrored = history(path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     epochs = [event for event in log if event["event"] == "epoch"]

@@ -442,7 +442,7 @@ def test_command_prints_the_candidates_and_what_to_enter(
     ("options", "says"),
     [
         (["--method", "mad"], "Did you mean 'made'"),
-        (["--method", "finetune"], "finetune has no grid for quickstart. Methods with one: made"),
+        (["--method", "finetune"], "finetune has no grid for quickstart. Methods with one: "),
         (["--method", "made", "--seeds", "100", "4"], "The seed 4 is one of the tables'"),
         (["--method", "made", "--seeds", "100", "100"], "twice"),
         (["--method", "made", "--tasks", "0"], "tasks"),
