@@ -11,6 +11,7 @@ import pandas as pd
 import tyro
 
 from baselines.single_task import SingleTaskPlugin
+from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, derive
 from benchmarks.learners import Learner, Settings, Setup, State, require
@@ -204,6 +205,50 @@ def _single_task(setup: Setup, settings: Settings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# superposition
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuperpositionSettings(Settings):
+    """Superposition's own settings; see baselines/superposition.md."""
+
+    kind: Kind = "binary"
+    """Of the contexts: random signs, phases (the weights are complex, too), or rotations."""
+    trained: bool = False
+    """Whether a task trains its contexts."""
+    bias: bool = False
+    """Whether layers keep a bias, shared by all tasks."""
+    normalise: bool = True
+    """Whether inputs are brought to mean 0 and deviation 1, as in the source."""
+
+
+class SuperpositionLearner(Learner):
+    """A superposed network."""
+
+    def parameters(self) -> dict[str, int]:
+        """Count the contexts of all tasks as stored, those made from a seed when needed too."""
+        model = self.strategy.model
+        count = sum(parameter.numel() for parameter in model.parameters())
+        contexts = sum(layer.fixed_numbers() for layer in superposed_layers(model))
+        return {"trainable": count, "stored": count + contexts}
+
+
+def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
+    model = superpose(
+        setup.model(),
+        setup.experiment.tasks,
+        settings.kind,
+        trained=settings.trained,
+        bias=settings.bias,
+        normalise=settings.normalise,
+        seed=derive(setup.seed, "contexts"),
+    )
+    plugin = SuperpositionPlugin(model)
+    return SuperpositionLearner(setup.strategy(settings, [plugin], model=model), settings, plugin)
+
+
+# ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
@@ -294,6 +339,22 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": Settings(epochs=20),
                 "quickstart": Settings(lr=0.004, epochs=40),
+            },
+            task_id_at_test=True,
+        ),
+        Method(
+            name="superposition",
+            build=_superposition,
+            settings={
+                "pmnist": SuperpositionSettings(
+                    lr=1e-4,
+                    epochs=10,
+                    decay_from=1,
+                    optimizer="rmsprop",
+                    reset_optimizer=False,
+                    batch_size=128,
+                ),
+                "quickstart": SuperpositionSettings(lr=0.001, epochs=40),
             },
             task_id_at_test=True,
         ),
