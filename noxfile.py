@@ -89,6 +89,12 @@ def pmnist(session: nox.Session) -> None:
 
 
 @nox.session
+def tune(session: nox.Session) -> None:
+    """Compare a method's settings on validation data (-- --method si --experiment pmnist)."""
+    run_module(session, "benchmarks", "tune", *session.posargs)
+
+
+@nox.session
 def prepare(session: nox.Session) -> None:
     """Download and cache the data sets, and check their fingerprints."""
     run_module(session, "benchmarks", "prepare", *session.posargs)

@@ -60,8 +60,8 @@ def draw_context(kind: Kind, entries: int, generator: torch.Generator) -> Tensor
         return torch.stack([phase.cos(), phase.sin()])
     q, r = torch.linalg.qr(torch.randn(entries, entries, generator=generator))
     # QR leaves the columns' signs to the library; with these ones Q has Haar's measure.
-    signs: Tensor = r.diagonal().sign()
-    return q * signs
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation
 
 
 def bind(kind: Kind, x: Tensor, context: Tensor) -> Tensor:
@@ -229,6 +229,7 @@ def superpose(
     kind: Kind = "binary",
     *,
     trained: bool = False,
+    gain: float = 1.0,
     bias: bool = False,
     normalise: bool = True,
     seed: int = 0,
@@ -253,6 +254,10 @@ def superpose(
     trained
         Whether contexts are trained, each by its own task; they start as drawn, and move freely
         (complex ones don't stay at length 1, nor rotations orthogonal), as in the source.
+    gain
+        Factor on the weights that the model has drawn. The source draws by Xavier's rule, variance
+        2 / (inputs + outputs); torch's own layers by 1 / (3 inputs), which a gain of 3 ** 0.5 makes
+        the same for layers of equal widths.
     bias
         Whether layers keep their bias, one for all tasks. The source's binary layers make one, but
         never add it.
@@ -291,6 +296,8 @@ def superpose(
         assert isinstance(layer, Superposed)
         if not bias:
             layer.bias = None
+        with torch.no_grad():
+            layer.weight.mul_(gain)
         layer.begin(kind, tasks, trained, (seed, index))
     if normalise:
         parameter = next(model.parameters())

@@ -1,4 +1,4 @@
-"""The command line, ``python -m benchmarks run|report|prepare|speed``: a dispatcher.
+"""The command line, ``python -m benchmarks run|tune|report|prepare|speed``: a dispatcher.
 
 What is heavy is imported only by the command that needs it, so that --help answers at once.
 """
@@ -59,6 +59,28 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Compare the settings of a method's grid on validation data; test data are not even read."""
+
+    method: str
+    """Name of the method."""
+    experiment: str
+    """Name of the experiment: pmnist or quickstart."""
+    seeds: tuple[int, ...] = (100,)
+    """The seeds, from 100 on."""
+    tasks: int = 3
+    """Number of tasks that each candidate learns."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    data_dir: Path | None = None
+    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
+    runs_dir: Path = Path("runs")
+    """Folder of logs and of the state of unfinished candidates."""
+    out_dir: Path = Path("reports/tuning")
+    """Folder of the accounts."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Rebuild tables and figures from the records."""
 
@@ -91,6 +113,7 @@ class Speed:
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
@@ -151,6 +174,25 @@ def run(options: Run) -> int:
     return code
 
 
+def tune(options: Tune) -> int:
+    """Run a method's grid and write the account of it."""
+    from benchmarks import tune
+    from benchmarks.errors import pick
+    from benchmarks.runner import pick_device
+
+    presets = experiments()
+    return tune.main(
+        options.method,
+        presets[pick("experiment", options.experiment, presets)](),
+        options.seeds,
+        options.tasks,
+        pick_device(options.device),
+        options.data_dir,
+        options.runs_dir,
+        options.out_dir,
+    )
+
+
 def report(options: Report) -> int:
     """Rebuild the report and print its main table."""
     from benchmarks.reporting import page
@@ -203,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options:
             case Run():
                 return run(options)
+            case Tune():
+                return tune(options)
             case Report():
                 return report(options)
             case Prepare():

@@ -193,9 +193,11 @@ def measure(strategy: Any, stream: Any, learnt: int) -> list[float | None]:
     list of float or None
         The accuracy on each experience as a fraction; None for those not learnt yet.
     """
+    row: list[float | None] = [None] * len(stream)
+    if learnt == 0:
+        return row
     strategy.evaluator.reset_last_metrics()
     values = strategy.eval(stream[:learnt])
-    row: list[float | None] = [None] * len(stream)
     for key, value in values.items():
         if found := re.fullmatch(r"Top1_Acc_Exp/.*/Exp(\d+)", key):
             row[int(found[1])] = float(value)
@@ -264,7 +266,11 @@ def run(
         The record, to be written by the caller.
     """
     started = time.perf_counter()
-    drift = LogitDrift()
+    scenario = cell.experiment.scenario(images, cell.seed)
+    # Without test images (tuning) there is no test stream, and drift is seen on validation data.
+    kinds = {"validation": "valid", "test": "test"}
+    streams = {n: scenario.streams[k] for n, k in kinds.items() if k in scenario.streams}
+    drift = LogitDrift("test" if "test" in streams else "valid")
     monitor = Monitor(announce)
     with warnings.catch_warnings():
         # The events are the log; Avalanche's own loggers would run in every step.
@@ -272,12 +278,10 @@ def run(
         evaluator = EvaluationPlugin(
             accuracy_metrics(experience=True), drift, loggers=[], collect_all=False
         )
-    scenario = cell.experiment.scenario(images, cell.seed)
     learner: Learner = cell.method.build(
         Setup(cell.experiment, scenario, cell.seed, device, evaluator, [monitor]), cell.settings
     )
     monitor.learner = learner
-    streams = {"validation": scenario.streams["valid"], "test": scenario.streams["test"]}
     accuracy: dict[str, Matrix] = {name: [] for name in streams}
     seconds: list[float] = []
     train_seconds = 0.0
@@ -318,7 +322,7 @@ def run(
         learner.train(scenario.streams["train"][task])
         train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
-            accuracy[name].append(measure(learner.strategy, stream, task + 1))
+            accuracy[name].append(measure(learner.strategy, stream, learner.learnt(task + 1)))
         seconds.append(time.perf_counter() - began)
         save_state(
             path,
@@ -348,7 +352,8 @@ def run(
             }
         )
 
-    drifts = drift.drift()
+    # A method that learns all at once is never seen to drift.
+    drifts = drift.drift() if learner.learnt(1) else {}
     record = {
         "experiment": cell.experiment.name,
         "method": cell.method.name,
@@ -358,7 +363,7 @@ def run(
         "accuracy": accuracy,
         "capacity": learner.capacity(),
         "sufficiency": learner.sufficiency(),
-        "logit_drift": [drifts[task] for task in range(cell.experiment.tasks)],
+        "logit_drift": [drifts.get(task) for task in range(cell.experiment.tasks)],
         "parameters": learner.parameters(),
         "task_id_at_test": cell.method.task_id_at_test,
         "seconds": {

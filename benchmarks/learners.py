@@ -185,6 +185,10 @@ class Learner:
         fresh = self.settings.reset_optimizer
         self.strategy.train(experience, eval_streams=[], reset_optimizer_state=fresh)
 
+    def learnt(self, trained: int) -> int:
+        """Return how many tasks can be evaluated after so many calls of `train`."""
+        return trained
+
     def state(self) -> State:
         """Return what the coming tasks need of the past ones (tensors, numbers, lists, dicts)."""
         state: State = {"model": self.strategy.model.state_dict()}
@@ -200,6 +204,8 @@ class Learner:
         if self.plugin is not None:
             self.plugin.load_state_dict(state["plugin"])
         if not self.settings.reset_optimizer:
+            # Avalanche throws the optimizer's state away when it first sees the optimizer.
+            self.strategy.make_optimizer(reset_optimizer_state=True)
             self.strategy.optimizer.load_state_dict(state["optimizer"])
 
     def capacity(self) -> list[dict[str, Any]]:

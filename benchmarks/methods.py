@@ -10,6 +10,9 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 import pandas as pd
 import tyro
 
+from baselines.ewc import EWCPlugin
+from baselines.joint import JointPlugin
+from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers
 from benchmarks.errors import UserError, pick
@@ -171,6 +174,35 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# si
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SISettings(Settings):
+    """SI's own settings; see baselines/si.md."""
+
+    strength: float = 0.1
+    """c, the strength of the penalty."""
+    xi: float = 0.1
+    """The damping of the importance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        require(self.xi > 0, "xi", self.xi, "positive")
+
+
+def _si(setup: Setup, settings: SISettings) -> Learner:
+    plugin = SIPlugin(settings.strength, settings.xi)
+    return Learner(setup.strategy(settings, [plugin]), settings, plugin)
+
+
+SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False)
+SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=10.0)
+
+
+# ---------------------------------------------------------------------------------------------
 # finetune, single_task
 # ---------------------------------------------------------------------------------------------
 
@@ -205,6 +237,91 @@ def _single_task(setup: Setup, settings: Settings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# ewc, ewc_online
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EWCSettings(Settings):
+    """Settings of EWC in its summed form; see baselines/ewc.md."""
+
+    strength: float = 100.0
+    """lambda: the loss has lambda/2 times the sum of F (theta - theta*)^2."""
+    fisher: Literal["exact", "empirical"] = "exact"
+    """Labels in the Fisher information: those predicted, with their probabilities, or the true."""
+    samples: int | None = None
+    """Training images from which a task's Fisher information is estimated; None: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        require(self.samples is None or self.samples >= 1, "samples", self.samples, "at least 1")
+
+
+@dataclass(frozen=True)
+class OnlineEWCSettings(EWCSettings):
+    """Settings of online EWC; see baselines/ewc.md."""
+
+    gamma: float = 1.0
+    """How much of the old tasks' Fisher information remains after a new task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.gamma <= 1, "gamma", self.gamma, "within [0, 1]")
+
+
+def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
+    online = isinstance(settings, OnlineEWCSettings)
+    plugin = EWCPlugin(
+        settings.strength,
+        fisher=settings.fisher,
+        samples=settings.samples,
+        mode="online" if online else "summed",
+        gamma=settings.gamma if isinstance(settings, OnlineEWCSettings) else 1.0,
+        seed=derive(setup.seed, "ewc"),
+    )
+    return Learner(setup.strategy(settings, [plugin]), settings, plugin)
+
+
+EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, samples=10_000)
+EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0)
+EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000)
+EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0)
+EWC_STRENGTHS = {
+    "pmnist": (10.0, 100.0, 1000.0, 10_000.0),
+    "quickstart": (30.0, 100.0, 300.0, 1000.0),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# joint
+# ---------------------------------------------------------------------------------------------
+
+
+class JointLearner(Learner):
+    """All tasks at once, as soon as the last one has come."""
+
+    def __init__(self, strategy: Any, settings: Settings, tasks: int) -> None:
+        super().__init__(strategy, settings)
+        self.tasks = tasks
+
+    def train(self, experience: Any) -> None:
+        """Train on all tasks if this is the last one."""
+        if experience.logging().current_experience == self.tasks - 1:
+            super().train(experience)
+
+    def learnt(self, trained: int) -> int:
+        """Return 0 until all have come."""
+        return self.tasks if trained == self.tasks else 0
+
+
+def _joint(setup: Setup, settings: Settings) -> Learner:
+    plugin = JointPlugin(setup.scenario.streams["train"])
+    strategy = setup.strategy(settings, [plugin])
+    return JointLearner(strategy, settings, setup.experiment.tasks)
+
+
+# ---------------------------------------------------------------------------------------------
 # superposition
 # ---------------------------------------------------------------------------------------------
 
@@ -217,10 +334,16 @@ class SuperpositionSettings(Settings):
     """Of the contexts: random signs, phases (the weights are complex, too), or rotations."""
     trained: bool = False
     """Whether a task trains its contexts."""
+    gain: float = 1.0
+    """Factor on the initial weights."""
     bias: bool = False
     """Whether layers keep a bias, shared by all tasks."""
     normalise: bool = True
     """Whether inputs are brought to mean 0 and deviation 1, as in the source."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.gain > 0, "gain", self.gain, "positive")
 
 
 class SuperpositionLearner(Learner):
@@ -240,6 +363,7 @@ def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
         setup.experiment.tasks,
         settings.kind,
         trained=settings.trained,
+        gain=settings.gain,
         bias=settings.bias,
         normalise=settings.normalise,
         seed=derive(setup.seed, "contexts"),
@@ -248,11 +372,37 @@ def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
     return SuperpositionLearner(setup.strategy(settings, [plugin], model=model), settings, plugin)
 
 
+SUPERPOSITION_PMNIST = SuperpositionSettings(
+    lr=1e-4,
+    epochs=10,
+    decay_from=1.0,
+    optimizer="rmsprop",
+    reset_optimizer=False,
+    batch_size=128,
+    gain=1.73,
+)
+SUPERPOSITION_GRID = (
+    SUPERPOSITION_PMNIST,
+    dataclasses.replace(SUPERPOSITION_PMNIST, epochs=3),  # the source's number of steps
+    dataclasses.replace(SUPERPOSITION_PMNIST, gain=3.0),
+    dataclasses.replace(SUPERPOSITION_PMNIST, optimizer="adam", lr=3e-4, decay_from=0.7),
+)
+SUPERPOSITION_QUICKSTART = SuperpositionSettings(
+    lr=0.001, epochs=40, decay_from=1.0, optimizer="rmsprop", reset_optimizer=False
+)
+
+
 # ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
 S = TypeVar("S", bound=Settings)
+
+
+def strengths(settings: S, values: tuple[float, ...]) -> tuple[S, ...]:
+    """Return a grid of settings that differ in their `strength`."""
+    changes: list[dict[str, Any]] = [{"strength": value} for value in values]
+    return tuple(dataclasses.replace(settings, **change) for change in changes)
 
 
 @dataclass(frozen=True)
@@ -334,6 +484,32 @@ METHODS: dict[str, Method[Any]] = {
             task_id_at_test=False,
         ),
         Method(
+            name="si",
+            build=_si,
+            settings={
+                "pmnist": SI_PMNIST,
+                "quickstart": SI_QUICKSTART,
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": strengths(SI_PMNIST, (0.03, 0.1, 0.3, 1.0)),
+                "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
+            },
+            later=frozenset({"strength"}),
+        ),
+        Method(
+            name="joint",
+            build=_joint,
+            settings={
+                "pmnist": Settings(epochs=20),
+                "quickstart": Settings(lr=0.004, epochs=40),
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": tuple(Settings(epochs=20, lr=lr) for lr in (0.0005, 0.001, 0.002)),
+            },
+        ),
+        Method(
             name="single_task",
             build=_single_task,
             settings={
@@ -343,20 +519,42 @@ METHODS: dict[str, Method[Any]] = {
             task_id_at_test=True,
         ),
         Method(
+            name="ewc",
+            build=_ewc,
+            settings={
+                "pmnist": EWC_PMNIST,
+                "quickstart": EWC_QUICKSTART,
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": strengths(EWC_PMNIST, EWC_STRENGTHS["pmnist"]),
+                "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS["quickstart"]),
+            },
+            later=frozenset({"strength"}),
+        ),
+        Method(
+            name="ewc_online",
+            build=_ewc,
+            settings={
+                "pmnist": EWC_ONLINE_PMNIST,
+                "quickstart": EWC_ONLINE_QUICKSTART,
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": strengths(EWC_ONLINE_PMNIST, EWC_STRENGTHS["pmnist"]),
+                "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS["quickstart"]),
+            },
+            later=frozenset({"strength", "gamma"}),
+        ),
+        Method(
             name="superposition",
             build=_superposition,
             settings={
-                "pmnist": SuperpositionSettings(
-                    lr=1e-4,
-                    epochs=10,
-                    decay_from=1,
-                    optimizer="rmsprop",
-                    reset_optimizer=False,
-                    batch_size=128,
-                ),
-                "quickstart": SuperpositionSettings(lr=0.001, epochs=40),
+                "pmnist": SUPERPOSITION_PMNIST,
+                "quickstart": SUPERPOSITION_QUICKSTART,
             },
             task_id_at_test=True,
+            grid={"pmnist": SUPERPOSITION_GRID},
         ),
     )
 }

@@ -155,6 +155,149 @@ class ResidentLoader:
             yield list(self.dataset.batch(order[start : start + self.batch_size]))
 
 
+def plan_epoch(
+    sizes: Sequence[int],
+    batch_size: int,
+    generator: torch.Generator | None,
+    per_task: Sequence[int] | None = None,
+) -> tuple[list[Tensor], list[list[int]]]:
+    """Draw the batches of an epoch over several tasks' data.
+
+    Parameters
+    ----------
+    sizes
+        (T,) samples of each task.
+    batch_size
+        Samples of a batch drawn from all tasks alike; the last one may be smaller.
+    generator
+        On the CPU; None keeps the order of the tasks and samples.
+    per_task
+        (T,) samples of each task in every batch, in place of `batch_size`; the epoch ends where the
+        first task hasn't enough left (appendix A of the paper).
+
+    Returns
+    -------
+    list of Tensor
+        For each task the (M_t,) int64 samples that it gives, in the order of the batches.
+    list of list of int
+        For each batch the (T,) numbers of samples that it takes of each task.
+    """
+    if per_task is not None:
+        batches = min(size // taken for size, taken in zip(sizes, per_task, strict=True) if taken)
+        orders = [_order(size, generator) for size in sizes]
+        return (
+            [order[: batches * taken] for order, taken in zip(orders, per_task, strict=True)],
+            [list(per_task)] * batches,
+        )
+    ends = torch.tensor(sizes).cumsum(0)
+    order = _order(int(ends[-1]), generator)
+    task = torch.bucketize(order, ends, right=True)
+    batch = torch.arange(len(order)) // batch_size
+    counts = torch.bincount(batch * len(sizes) + task, minlength=len(sizes) * (int(batch[-1]) + 1))
+    starts = ends - torch.tensor(sizes)
+    return (
+        [order[task == t] - starts[t] for t in range(len(sizes))],
+        counts.view(-1, len(sizes)).tolist(),
+    )
+
+
+def _order(size: int, generator: torch.Generator | None) -> Tensor:
+    return torch.arange(size) if generator is None else torch.randperm(size, generator=generator)
+
+
+class JointLoader:
+    """Batches of several resident data sets at once, gathered by index.
+
+    Samples of a batch stand in the order of their tasks. All index tensors go to the device once
+    an epoch.
+
+    Parameters
+    ----------
+    parts
+        Each task's data and the (M,) int64 samples of it to serve; None for all.
+    batch_size, generator, per_task
+        See `plan_epoch`.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[ResidentDataset, Tensor | None]],
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        per_task: Sequence[int] | None = None,
+    ) -> None:
+        self.datasets = [dataset for dataset, _ in parts]
+        self.indices = [
+            torch.arange(len(dataset)) if chosen is None else chosen.cpu()
+            for dataset, chosen in parts
+        ]
+        self.batch_size = batch_size
+        self.generator = generator
+        self.per_task = per_task
+
+    def _plan(self, generator: torch.Generator | None) -> tuple[list[Tensor], list[list[int]]]:
+        sizes = [len(chosen) for chosen in self.indices]
+        return plan_epoch(sizes, self.batch_size, generator, self.per_task)
+
+    def __len__(self) -> int:
+        if self.per_task is not None:
+            return len(self._plan(None)[1])
+        return -(-sum(len(chosen) for chosen in self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        orders, counts = self._plan(self.generator)
+        samples = [
+            chosen[order].to(dataset.images.device)
+            for dataset, chosen, order in zip(self.datasets, self.indices, orders, strict=True)
+        ]
+        done = [0] * len(samples)
+        for taken in counts:
+            parts = []
+            for task, number in enumerate(taken):
+                if number:
+                    chosen = samples[task][done[task] : done[task] + number]
+                    parts.append(self.datasets[task].batch(chosen))
+                    done[task] += number
+            yield [torch.cat(values) for values in zip(*parts, strict=True)]
+
+
+def resident_parts(
+    dataset: AvalancheDataset[Any],
+) -> list[tuple[ResidentDataset, Tensor | None]] | None:
+    """Find the resident data sets that `dataset` joins, each with the samples that it sees.
+
+    Returns
+    -------
+    list or None
+        As from `resident_view`, one for each task in the order of the join; None if `dataset` is
+        anything else than tasks' data one after another.
+    """
+    node: Any = dataset._flat_data
+    if not _plain(dataset) or not isinstance(node, FlatData) or _transforms(node):
+        return None
+    indices = None if node._indices is None else torch.tensor(list(node._indices))
+    parts: list[tuple[ResidentDataset, Tensor | None]] = []
+    start = 0
+    for child in node._datasets:
+        end = start + len(child)
+        own = None
+        if indices is not None:
+            own = indices[(indices >= start) & (indices < end)] - start
+        start = end
+        while isinstance(child, FlatData):
+            if len(child._datasets) != 1 or _transforms(child):
+                return None
+            if child._indices is not None:
+                below = torch.tensor(list(child._indices), dtype=torch.int64)
+                own = below if own is None else below[own]
+            child = child._datasets[0]
+        if not isinstance(child, ResidentDataset):
+            return None
+        parts.append((child, own))
+    labels = {part.task for part, _ in parts}
+    return parts if dataset.targets_task_labels.uniques == labels else None
+
+
 def resident_view(
     dataset: AvalancheDataset[Any],
 ) -> tuple[ResidentDataset, Tensor | None] | None:
@@ -168,10 +311,7 @@ def resident_view(
         transformed samples, other task labels, further values in a sample, an own collate
         function.
     """
-    if len(dataset) == 0 or dataset.collate_fn is not default_collate:
-        return None
-    in_sample = [a for a in dataset._data_attributes.values() if a.use_in_getitem]
-    if [a.name for a in in_sample] != ["targets_task_labels"]:
+    if not _plain(dataset):
         return None
     indices: Tensor | None = None
     node: Any = dataset._flat_data
@@ -182,9 +322,18 @@ def resident_view(
             own = torch.tensor(list(node._indices), dtype=torch.int64)
             indices = own if indices is None else own[indices]
         node = node._datasets[0]
-    if not isinstance(node, ResidentDataset) or in_sample[0].uniques != {node.task}:
+    labels = dataset.targets_task_labels.uniques
+    if not isinstance(node, ResidentDataset) or labels != {node.task}:
         return None
     return node, indices
+
+
+def _plain(dataset: AvalancheDataset[Any]) -> bool:
+    """Return whether samples are (x, y, task label), collated as usual."""
+    if len(dataset) == 0 or dataset.collate_fn is not default_collate:
+        return False
+    in_sample = [a.name for a in dataset._data_attributes.values() if a.use_in_getitem]
+    return in_sample == ["targets_task_labels"]
 
 
 def _transforms(node: FlatData[Any]) -> bool:
@@ -202,7 +351,9 @@ class ResidentData(SupervisedTemplate):
 
     What a strategy trains or evaluates on is `adapted_dataset`. If that is one ResidentDataset or a
     subset of it, batches are gathered on the device; if a strategy or a plugin changed it
-    (cumulative training, replay, transforms), Avalanche's stock loader serves it.
+    (transforms, data from elsewhere), Avalanche's stock loader serves it. The data of several tasks,
+    one after another, are served by index too, in batches drawn from all alike (Avalanche's own are
+    balanced by task).
 
     Parameters
     ----------
@@ -213,6 +364,9 @@ class ResidentData(SupervisedTemplate):
         "fp32", or "bf16": the forward pass runs under autocast to bfloat16 (see
         `benchmarks.precision`) and gives float32 logits; parameters, gradients and the loss stay
         float32.
+    per_task
+        Samples of each task in a batch, where the data of several tasks are trained at once; None:
+        batches of `train_mb_size` drawn from all alike.
     **kwargs
         All else goes to the strategy.
 
@@ -222,11 +376,19 @@ class ResidentData(SupervisedTemplate):
         Unknown precision.
     """
 
-    def __init__(self, *, data_seed: int = 0, precision: Precision = "fp32", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        data_seed: int = 0,
+        precision: Precision = "fp32",
+        per_task: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if precision not in get_args(Precision):
             raise UserError(f"precision {precision!r} is unknown: choose one of fp32, bf16")
         self.data_seed = data_seed
         self.precision = precision
+        self.per_task = per_task
         super().__init__(**kwargs)
 
     def make_train_dataloader(
@@ -234,11 +396,19 @@ class ResidentData(SupervisedTemplate):
     ) -> None:
         """Serve `adapted_dataset` by index where possible, else by the stock loader."""
         view = resident_view(self.adapted_dataset)
-        if view is None:
+        parts = None if view or drop_last else resident_parts(self.adapted_dataset)
+        if view is None and parts is None:
             super().make_train_dataloader(shuffle=shuffle, drop_last=drop_last, **kwargs)
             return
         generator = self._order_generator() if shuffle else None
-        self.dataloader = ResidentLoader(*view, self.train_mb_size, generator, drop_last)
+        size = self.train_mb_size
+        loader: ResidentLoader | JointLoader
+        if view is not None:
+            loader = ResidentLoader(*view, size, generator, drop_last)
+        else:
+            assert parts is not None
+            loader = JointLoader(parts, size, generator, self.per_task)
+        self.dataloader: Any = loader
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """Serve `adapted_dataset` in its own order, by index where possible."""

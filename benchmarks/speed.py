@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from avalanche.benchmarks import CLScenario
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import Tensor, nn
@@ -171,6 +172,76 @@ def epoch_ratios(
         learner.strategy.train(scenario.streams["train"][0], eval_streams=[])
         tracker.close(False)
     return turns.ratios()
+
+
+class StepTurns(SupervisedPlugin):
+    """Between two steps of a strategy take a bare one, and keep the seconds of both.
+
+    A strategy's step is all from one batch to the next: the loader, every hook, the update.
+    """
+
+    def __init__(self, bare: Callable[[], float]) -> None:
+        super().__init__()
+        self.bare = bare
+        self.rounds: list[tuple[float, float]] = []
+        self._began = 0.0
+
+    def before_training_epoch(self, strategy: Any, **_: Any) -> None:
+        """Leave out what comes before the first batch, and the steps of an earlier task."""
+        _wait(strategy.device)
+        self.rounds, self._began = [], time.perf_counter()
+
+    def after_training_iteration(self, strategy: Any, **_: Any) -> None:
+        """Close the strategy's step, after the other plugins; take a bare one."""
+        _wait(strategy.device)
+        ours = time.perf_counter() - self._began
+        self.rounds.append((ours, self.bare()))
+        self._began = time.perf_counter()
+
+    def ratio(self) -> float:
+        """Return the median of strategy / bare over the last epoch."""
+        return statistics.median([ours / bare for ours, bare in self.rounds[WARM_UP:]])
+
+
+def step_ratios(names: Sequence[str], images: Images, device: torch.device) -> dict[str, float]:
+    """Measure a training step of methods against finetune's.
+
+    Both are measured against the same bare step, each taking turns with it. The step is one of the
+    second task, when penalties have something to hold; CLNP's of the first, when nothing is frozen
+    yet and its steps cost most.
+
+    Returns
+    -------
+    dict of str to float
+        By the method's name.
+    """
+    against_bare = {}
+    for name in ("finetune", *names):
+        experiment = PermutedMNIST(
+            tasks=2,
+            epochs=1,
+            method_epochs=False,
+            validation=VALIDATION,
+            settings=("ewc.samples=256",),
+        )
+        scenario = experiment.scenario(images, seed=0)
+        x, y, _ = next(iter(_loader(scenario, experiment)))
+        torch.manual_seed(0)
+        turns = StepTurns(plain_step(experiment.model().to(device), x, y))
+        evaluator = EvaluationPlugin(loggers=[])
+        setup = Setup(experiment, scenario, 0, device, evaluator, [turns])
+        settings = replace(METHODS[name].settings_for(experiment), batch_size=None)
+        learner = METHODS[name].build(setup, settings)
+        for task in range(1 if name == "clnp" else 2):
+            learner.train(scenario.streams["train"][task])
+        against_bare[name] = turns.ratio()
+    return {name: against_bare[name] / against_bare["finetune"] for name in names}
+
+
+def _loader(scenario: CLScenario, experiment: Experiment) -> ResidentLoader:
+    view = resident_view(scenario.streams["train"][0].dataset)
+    assert view is not None
+    return ResidentLoader(*view, experiment.batch_size)
 
 
 def plain_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
@@ -387,6 +458,10 @@ def main() -> None:
     narrow_plain, narrow_tuned = epoch_ratios(narrow, images, device)
     print(Row("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5))
     print(Row("  the bare loop without the cell's process settings", narrow_plain))
+
+    bounds = {"clnp": 1.1, "ewc": 1.4, "si": 1.5, "superposition": 1.3}
+    for name, ratio in step_ratios(tuple(bounds), images, device).items():
+        print(Row(f"step, 784-2000-2000-10, {name} / finetune", ratio, bounds[name]))
 
     def network() -> nn.Module:
         return mlp(784, (2000, 2000), 10)

@@ -80,18 +80,22 @@ class View:
                     self.line(f"{self._name}: {event['ignored']}")
                 if event["learnt"]:
                     self.line(f"{self._name}: going on after task {event['learnt']}/{self._tasks}")
+                if self._cell is not None:  # one that stopped without an end
+                    self.progress.remove_task(self._cell)
                 self._cell = self.progress.add_task(
                     self._name, total=self._tasks, completed=event["learnt"], detail=""
                 )
             case "epoch":
                 self._epoch(event)
             case "task":
-                seen = [value for value in event["accuracy"]["test"] if value is not None]
-                self.line(
-                    f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
-                    f"{event['seconds']:.0f} s, test {percent(seen[-1])}, "
-                    f"mean of the learnt {percent(sum(seen) / len(seen))}"
-                )
+                kind = "test" if "test" in event["accuracy"] else "validation"
+                seen = [value for value in event["accuracy"][kind] if value is not None]
+                if seen:  # else nothing has been learnt yet
+                    self.line(
+                        f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
+                        f"{event['seconds']:.0f} s, {kind} {percent(seen[-1])}, "
+                        f"mean of the learnt {percent(sum(seen) / len(seen))}"
+                    )
             case "end" | "failed":
                 if self._cell is not None:
                     self.progress.remove_task(self._cell)

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from avalanche.training.supervised import Cumulative, Naive
 
     from benchmarks.scenarios import (
+        JointLoader,
         ResidentData,
         ResidentDataset,
         ResidentLoader,
@@ -377,10 +378,7 @@ def test_cumulative_training_sees_all_tasks_so_far(scenario: CLScenario):
             for row, label in zip(x[t == task].tolist(), y[t == task].tolist(), strict=True)
         ]
         assert sorted(rows) == expected
-    assert [type(loader) for loader in recorder.loaders] == [
-        ResidentLoader,
-        TaskBalancedDataLoader,
-    ]
+    assert [type(loader) for loader in recorder.loaders] == [ResidentLoader, JointLoader]
 
 
 def test_the_stock_loader_takes_its_order_from_the_data_seed_too(scenario: CLScenario):
