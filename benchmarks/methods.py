@@ -14,6 +14,7 @@ from baselines.ewc import EWCPlugin
 from baselines.joint import JointPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
+from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, derive
 from benchmarks.learners import Learner, Settings, Setup, State, require
@@ -321,6 +322,77 @@ def _joint(setup: Setup, settings: Settings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# superposition
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuperpositionSettings(Settings):
+    """Superposition's own settings; see baselines/superposition.md."""
+
+    kind: Kind = "binary"
+    """Of the contexts: random signs, phases (the weights are complex, too), or rotations."""
+    trained: bool = False
+    """Whether a task trains its contexts."""
+    gain: float = 1.0
+    """Factor on the initial weights."""
+    bias: bool = False
+    """Whether layers keep a bias, shared by all tasks."""
+    normalise: bool = True
+    """Whether inputs are brought to mean 0 and deviation 1, as in the source."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.gain > 0, "gain", self.gain, "positive")
+
+
+class SuperpositionLearner(Learner):
+    """A superposed network."""
+
+    def parameters(self) -> dict[str, int]:
+        """Count the contexts of all tasks as stored, those made from a seed when needed too."""
+        model = self.strategy.model
+        count = sum(parameter.numel() for parameter in model.parameters())
+        contexts = sum(layer.fixed_numbers() for layer in superposed_layers(model))
+        return {"trainable": count, "stored": count + contexts}
+
+
+def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
+    model = superpose(
+        setup.model(),
+        setup.experiment.tasks,
+        settings.kind,
+        trained=settings.trained,
+        gain=settings.gain,
+        bias=settings.bias,
+        normalise=settings.normalise,
+        seed=derive(setup.seed, "contexts"),
+    )
+    plugin = SuperpositionPlugin(model)
+    return SuperpositionLearner(setup.strategy(settings, [plugin], model=model), settings, plugin)
+
+
+SUPERPOSITION_PMNIST = SuperpositionSettings(
+    lr=1e-4,
+    epochs=10,
+    decay_from=1.0,
+    optimizer="rmsprop",
+    reset_optimizer=False,
+    batch_size=128,
+    gain=1.73,
+)
+SUPERPOSITION_GRID = (
+    SUPERPOSITION_PMNIST,
+    dataclasses.replace(SUPERPOSITION_PMNIST, epochs=3),  # the source's number of steps
+    dataclasses.replace(SUPERPOSITION_PMNIST, gain=3.0),
+    dataclasses.replace(SUPERPOSITION_PMNIST, optimizer="adam", lr=3e-4, decay_from=0.7),
+)
+SUPERPOSITION_QUICKSTART = SuperpositionSettings(
+    lr=0.001, epochs=40, decay_from=1.0, optimizer="rmsprop", reset_optimizer=False
+)
+
+
+# ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
@@ -485,6 +557,16 @@ METHODS: dict[str, Method[Any]] = {
                 "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS["quickstart"]),
             },
             later=frozenset({"strength", "gamma"}),
+        ),
+        Method(
+            name="superposition",
+            build=_superposition,
+            settings={
+                "pmnist": SUPERPOSITION_PMNIST,
+                "quickstart": SUPERPOSITION_QUICKSTART,
+            },
+            task_id_at_test=True,
+            grid={"pmnist": SUPERPOSITION_GRID},
         ),
     )
 }

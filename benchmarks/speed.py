@@ -459,7 +459,7 @@ def main() -> None:
     print(Row("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5))
     print(Row("  the bare loop without the cell's process settings", narrow_plain))
 
-    bounds = {"clnp": 1.1, "ewc": 1.4, "si": 1.5}
+    bounds = {"clnp": 1.1, "ewc": 1.4, "si": 1.5, "superposition": 1.3}
     for name, ratio in step_ratios(tuple(bounds), images, device).items():
         print(Row(f"step, 784-2000-2000-10, {name} / finetune", ratio, bounds[name]))
 
