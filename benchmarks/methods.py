@@ -11,6 +11,7 @@ import pandas as pd
 import tyro
 
 from baselines.ewc import EWCPlugin
+from baselines.hat import HATPlugin, own_rate
 from baselines.joint import JointPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
@@ -393,6 +394,69 @@ SUPERPOSITION_QUICKSTART = SuperpositionSettings(
 
 
 # ---------------------------------------------------------------------------------------------
+# hat
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HATSettings(Settings):
+    """HAT's own settings; see baselines/hat.md."""
+
+    smax: float = 400.0
+    """Slope of the gates at the end of each epoch, above 1."""
+    lamb: float = 0.75
+    """Weight of the regulariser of attention."""
+    embedding_lr: float | None = None
+    """Learning rate of the embeddings; None: `lr`."""
+    harden: bool = True
+    """Whether the gates of a learnt task are rounded to 0 or 1; only SGD can do without."""
+    clip: float = 0.0
+    """Largest norm of all gradients together; 0: no clipping."""
+    dropout: float = 0.0
+    """Share of each hidden layer's units dropped in training."""
+    input_dropout: float = 0.0
+    """Share of the network's inputs dropped in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.smax > 1, "smax", self.smax, "above 1")
+        require(self.lamb >= 0, "lamb", self.lamb, "at least 0")
+        rate = self.embedding_lr
+        require(rate is None or rate > 0, "embedding_lr", rate, "positive")
+        require(self.harden or self.optimizer == "sgd", "harden", False, "True but with SGD")
+        require(self.reset_optimizer, "reset_optimizer", False, "True, or old weights would move")
+        require(self.clip >= 0, "clip", self.clip, "at least 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "within [0, 1)")
+        require(0 <= self.input_dropout < 1, "input_dropout", self.input_dropout, "within [0, 1)")
+
+
+class HATLearner(Learner):
+    """The network under HAT."""
+
+    plugin: HATPlugin
+
+    def capacity(self) -> list[dict[str, Any]]:
+        """Return the rows of `HATPlugin.capacity`."""
+        return self.plugin.capacity()
+
+
+def _hat(setup: Setup, settings: HATSettings) -> Learner:
+    model = setup.model()
+    plugin = HATPlugin(
+        model,
+        smax=settings.smax,
+        lamb=settings.lamb,
+        harden=settings.harden,
+        clip=settings.clip or None,
+        dropout=(settings.input_dropout, settings.dropout),
+        seed=derive(setup.seed, "hat"),
+    )
+    strategy = setup.strategy(settings, [plugin], model=model)
+    own_rate(strategy.optimizer, plugin.embeddings, settings.embedding_lr or settings.lr)
+    return HATLearner(strategy, settings, plugin)
+
+
+# ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
@@ -567,6 +631,23 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=True,
             grid={"pmnist": SUPERPOSITION_GRID},
+        ),
+        Method(
+            name="hat",
+            build=_hat,
+            settings={
+                "pmnist": HATSettings(epochs=25, smax=100.0, embedding_lr=0.01),
+                "quickstart": HATSettings(lr=0.004, epochs=40),
+            },
+            task_id_at_test=True,
+            grid={
+                "pmnist": (
+                    HATSettings(epochs=25),  # smax and lamb of the authors
+                    HATSettings(epochs=25, embedding_lr=0.01),
+                    HATSettings(epochs=25, smax=100.0, embedding_lr=0.01),
+                    HATSettings(epochs=25, smax=100.0, embedding_lr=0.01, lamb=0.25),
+                ),
+            },
         ),
     )
 }
