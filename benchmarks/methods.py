@@ -9,10 +9,14 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import pandas as pd
 import tyro
+from avalanche.models.packnet import PackNetModel
 
+from baselines.er import ERPlugin
 from baselines.ewc import EWCPlugin
 from baselines.hat import HATPlugin, own_rate
 from baselines.joint import JointPlugin
+from baselines.lwf import LwFPlugin
+from baselines.packnet import PackNetPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers
@@ -457,6 +461,101 @@ def _hat(setup: Setup, settings: HATSettings) -> Learner:
 
 
 # ---------------------------------------------------------------------------------------------
+# packnet, lwf, er
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackNetSettings(Settings):
+    """PackNet's own settings; see baselines/packnet.md."""
+
+    prune: float | None = None
+    """Share of the free weights that a task gives up; None: each task keeps the same number."""
+    retrain: float = 0.25
+    """Share of a task's epochs in which the weights that it keeps are retrained."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.prune is None or 0 <= self.prune <= 1, "prune", self.prune, "within [0, 1]")
+        require(0 <= self.retrain < 1, "retrain", self.retrain, "within [0, 1)")
+        # The plugin makes a fresh optimizer a task: an old state would move frozen weights.
+        require(self.reset_optimizer, "reset_optimizer", False, "True")
+
+
+class PackNetLearner(Learner):
+    """A network of packed tasks."""
+
+    def parameters(self) -> dict[str, int]:
+        """Count the task of each weight as stored; the masks follow from it."""
+        model = self.strategy.model
+        count = sum(parameter.numel() for parameter in model.parameters())
+        tasks = sum(m.numel() for name, m in model.named_buffers() if name.endswith("task_index"))
+        return {"trainable": count, "stored": count + tasks}
+
+
+def _packnet(setup: Setup, settings: PackNetSettings) -> Learner:
+    model = PackNetModel(setup.model()).to(setup.device)
+    plugin = PackNetPlugin(model, setup.experiment.tasks, settings.prune, settings.retrain)
+    return PackNetLearner(setup.strategy(settings, [plugin], model=model), settings, plugin)
+
+
+@dataclass(frozen=True)
+class LwFSettings(Settings):
+    """Settings of Learning without Forgetting; see baselines/lwf.md."""
+
+    strength: float = 1.0
+    """Weight of the old answers in the loss."""
+    temperature: float = 2.0
+    """That softens old and new answers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.strength >= 0, "strength", self.strength, "at least 0")
+        require(self.temperature > 0, "temperature", self.temperature, "positive")
+
+
+def _lwf(setup: Setup, settings: LwFSettings) -> Learner:
+    plugin = LwFPlugin(settings.strength, settings.temperature)
+    return Learner(setup.strategy(settings, [plugin]), settings, plugin)
+
+
+@dataclass(frozen=True)
+class ERSettings(Settings):
+    """Settings of experience replay; see baselines/er.md."""
+
+    memory: int = 2000
+    """Images kept, of all tasks together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.memory >= 1, "memory", self.memory, "at least 1")
+
+
+class ERLearner(Learner):
+    """A network with a memory of images."""
+
+    plugin: ERPlugin
+
+    def parameters(self) -> dict[str, int]:
+        """Count the images in the memory as stored."""
+        count = super().parameters()
+        memory = self.plugin.buffer
+        size = memory[0][0].numel() if len(memory) else 0
+        return {**count, "stored": count["stored"] + len(memory) * size}
+
+
+def _er(setup: Setup, settings: ERSettings) -> Learner:
+    train = setup.scenario.streams["train"]
+    plugin = ERPlugin(train, settings.memory, derive(setup.seed, "memory"))
+    return ERLearner(setup.strategy(settings, [plugin]), settings, plugin)
+
+
+PACKNET_PMNIST = PackNetSettings(epochs=20)
+LWF_PMNIST = LwFSettings(epochs=10)
+LWF_QUICKSTART = LwFSettings(lr=0.004, epochs=40)
+
+
+# ---------------------------------------------------------------------------------------------
 # Registry
 # ---------------------------------------------------------------------------------------------
 
@@ -647,6 +746,47 @@ METHODS: dict[str, Method[Any]] = {
                     HATSettings(epochs=25, smax=100.0, embedding_lr=0.01),
                     HATSettings(epochs=25, smax=100.0, embedding_lr=0.01, lamb=0.25),
                 ),
+            },
+        ),
+        Method(
+            name="packnet",
+            build=_packnet,
+            settings={
+                "pmnist": PACKNET_PMNIST,
+                "quickstart": PackNetSettings(lr=0.004, epochs=40),
+            },
+            task_id_at_test=True,
+            grid={
+                "pmnist": tuple(
+                    dataclasses.replace(PACKNET_PMNIST, lr=lr, prune=prune)
+                    for lr in (0.001, 0.0005)
+                    for prune in (None, 0.75)
+                ),
+            },
+        ),
+        Method(
+            name="lwf",
+            build=_lwf,
+            settings={
+                "pmnist": LWF_PMNIST,
+                "quickstart": LWF_QUICKSTART,
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": strengths(LWF_PMNIST, (0.3, 1.0, 3.0, 10.0)),
+            },
+            later=frozenset({"strength"}),
+        ),
+        Method(
+            name="er",
+            build=_er,
+            settings={
+                "pmnist": ERSettings(epochs=10),
+                "quickstart": ERSettings(lr=0.004, epochs=40, memory=200),
+            },
+            task_id_at_test=False,
+            grid={
+                "pmnist": tuple(ERSettings(epochs=10, lr=lr) for lr in (0.0005, 0.001, 0.002)),
             },
         ),
     )

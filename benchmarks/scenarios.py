@@ -37,6 +37,7 @@ class _Purpose(IntEnum):
     SPLIT = 0
     PERMUTATION = 1
     ORDER = 2
+    MEMORY = 3
 
 
 def _generator(seed: int, purpose: _Purpose, index: int = 0) -> torch.Generator:
@@ -261,6 +262,32 @@ class JointLoader:
             yield [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
+class ReplayLoader:
+    """Batches of new data, each joined by a batch of a memory; an epoch is one of the new data.
+
+    Parameters
+    ----------
+    data, memory
+        Loaders of (x, y, task labels). The memory begins anew, in a new order, as often as needed.
+    """
+
+    def __init__(self, data: ResidentLoader, memory: JointLoader) -> None:
+        self.data = data
+        self.memory = memory
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        memory: Iterator[list[Tensor]] = iter(())
+        for new in self.data:
+            old = next(memory, None)
+            if old is None:
+                memory = iter(self.memory)
+                old = next(memory)
+            yield [torch.cat(values) for values in zip(new, old, strict=True)]
+
+
 def resident_parts(
     dataset: AvalancheDataset[Any],
 ) -> list[tuple[ResidentDataset, Tensor | None]] | None:
@@ -425,10 +452,32 @@ class ResidentData(SupervisedTemplate):
         with bf16(self.device):
             return super().forward().float()
 
-    def _order_generator(self) -> torch.Generator:
+    def join_memory(self, memory: AvalancheDataset[Any], batch_size: int) -> bool:
+        """Let a batch of a memory join each batch of the running experience, by index.
+
+        Parameters
+        ----------
+        memory
+            Resident samples of one or several tasks.
+        batch_size
+            Samples of the memory in a batch.
+
+        Returns
+        -------
+        bool
+            Whether that is possible; nothing is changed if it isn't.
+        """
+        parts = resident_parts(memory)
+        if parts is None or not isinstance(self.dataloader, ResidentLoader):
+            return False
+        generator = self._order_generator(_Purpose.MEMORY)
+        self.dataloader = ReplayLoader(self.dataloader, JointLoader(parts, batch_size, generator))
+        return True
+
+    def _order_generator(self, purpose: _Purpose = _Purpose.ORDER) -> torch.Generator:
         # logging(): the index of an experience in train mode is masked.
         index = self.experience.logging().current_experience
-        return _generator(self.data_seed, _Purpose.ORDER, index)
+        return _generator(self.data_seed, purpose, index)
 
     def _obtain_common_dataloader_parameters(self, **kwargs: Any) -> dict[str, Any]:
         # The stock loader draws from the global generator unless it is given one.

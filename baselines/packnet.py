@@ -1,0 +1,88 @@
+"""PackNet: Avalanche's, with shares for a known number of tasks and a state to save.
+
+Mallya and Lazebnik 2018 (arXiv 1711.05769): a task trains all weights that are free, keeps the
+largest, retrains these, and leaves the others to the tasks to come. Unlike CLNP it packs weights,
+not units.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.models.packnet import PackNetModel, WeightAndBiasPackNetModule
+from avalanche.models.packnet import PackNetPlugin as StockPackNetPlugin
+
+
+class PackNetPlugin(StockPackNetPlugin):
+    """Avalanche's plugin, which counts tasks by the model's own count.
+
+    The stock plugin counts the experiences of its own process, and forgets that old biases are
+    frozen, when a saved experiment goes on.
+
+    Parameters
+    ----------
+    model
+        The strategy's, a PackNetModel.
+    tasks
+        Number of tasks.
+    prune
+        Share of the free weights of each layer that a task gives up, in [0, 1]; None: such that
+        every task keeps the same number, and the last one all that is left.
+    retrain
+        Share of a task's epochs in which the weights that it keeps are retrained, in [0, 1). Below
+        one epoch the cut comes last.
+
+    Raises
+    ------
+    ValueError
+        Impossible shares; in training, a task too many.
+    """
+
+    def __init__(
+        self,
+        model: PackNetModel,
+        tasks: int,
+        prune: float | None = None,
+        retrain: float = 0.25,
+    ) -> None:
+        if not 0 <= retrain < 1:
+            raise ValueError(f"retrain = {retrain}; it must be within [0, 1)")
+        if prune is not None and not 0 <= prune <= 1:
+            raise ValueError(f"prune = {prune}; it must be within [0, 1]")
+        super().__init__(post_prune_epochs=0, prune_proportion=self.share)
+        self.model, self.tasks, self.prune, self.retrain = model, tasks, prune, retrain
+
+    def share(self, _experience: int) -> float:
+        """Return the share of the free weights that the task in training gives up."""
+        left = self.tasks - self.model.task_count
+        return (left - 1) / left if self.prune is None else self.prune
+
+    def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Set the number of epochs after the cut."""
+        self.post_prune_epochs = int(self.retrain * strategy.train_epochs)
+        super().before_training(strategy, *args, **kwargs)
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse a task too many, and open the free weights."""
+        if self.model.task_count >= self.tasks:
+            raise ValueError(
+                f"{self.tasks} tasks are learnt, and no weight is left; say tasks={self.tasks + 1}"
+            )
+        super().before_training_exp(strategy, *args, **kwargs)
+
+    def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Cut if that is still to be done, and freeze what the task keeps."""
+        if self.post_prune_epochs == 0:
+            self.model.prune(self.share(0))
+        super().after_training_exp(strategy, *args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the model's own state holds all."""
+        return {}
+
+    def load_state_dict(self, _state: dict[str, Any]) -> None:
+        """Freeze the biases again if the model, loaded before, has learnt a task."""
+        if self.model.task_count:
+            for module in self.model.modules():
+                if isinstance(module, WeightAndBiasPackNetModule):
+                    module.wrappee.bias.requires_grad_(False)
