@@ -20,6 +20,10 @@ class PermutedMNIST(Experiment):
 
     preset: ClassVar[str] = "pmnist"
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
-    methods: ClassVar[tuple[str, ...]] = ("clnp", "finetune", "single_task")
+    methods: ClassVar[tuple[str, ...]] = (
+        *("clnp", "single_task", "finetune", "joint"),
+        *("ewc", "ewc_online", "si", "superposition"),
+        *("hat", "packnet", "lwf", "er"),
+    )
 
     precision: Precision = "bf16"
