@@ -89,6 +89,18 @@ def pmnist(session: nox.Session) -> None:
 
 
 @nox.session
+def split_cifar(session: nox.Session) -> None:
+    """Run the paper's split CIFAR, narrow network: 6 tasks, 5 seeds (options choose fewer)."""
+    run_module(session, "benchmarks", "run", "split_cifar", *session.posargs)
+
+
+@nox.session
+def split_cifar_wide(session: nox.Session) -> None:
+    """Run the paper's split CIFAR on the wide network with one head: for a GPU."""
+    run_module(session, "benchmarks", "run", "split_cifar_wide", *session.posargs)
+
+
+@nox.session
 def tune(session: nox.Session) -> None:
     """Try a method's grid on validation data: nox -s tune -- --method clnp."""
     run_module(session, "benchmarks", "tune", *session.posargs)

@@ -27,7 +27,7 @@ class Run:
     """
 
     experiment: tyro.conf.Positional[str]
-    """Name of the experiment: pmnist or quickstart."""
+    """Name of the experiment: pmnist, split_cifar, split_cifar_wide or quickstart."""
     methods: tuple[str, ...] = ()
     """Names of the methods, such as clnp finetune single_task. (default: the experiment's own)"""
     seeds: tuple[int, ...] = ()
@@ -68,7 +68,7 @@ class Tune:
     method: str
     """Name of the method, such as clnp; its grid stands in benchmarks/methods.py."""
     experiment: str = "pmnist"
-    """Name of the experiment: pmnist or quickstart."""
+    """Name of the experiment: pmnist, split_cifar, split_cifar_wide or quickstart."""
     seeds: tuple[int, ...] = (100,)
     """The seeds, from 100 on; those of an earlier result are kept."""
     tasks: int = 3
@@ -101,7 +101,7 @@ class Report:
 class Prepare:
     """Fetch, check and cache data sets."""
 
-    datasets: tyro.conf.Positional[tuple[str, ...]] = ("mnist",)
+    datasets: tyro.conf.Positional[tuple[str, ...]] = ("mnist", "cifar10", "cifar100")
     """Names of the data sets: mnist, cifar10, cifar100, digits."""
     data_dir: Path | None = None
     """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
@@ -127,8 +127,10 @@ def experiments() -> dict[str, type[Experiment]]:
     """Return the presets by name."""
     from benchmarks.pmnist import PermutedMNIST
     from benchmarks.quickstart import Quickstart
+    from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
 
-    return {preset.preset: preset for preset in (PermutedMNIST, Quickstart)}
+    presets = (PermutedMNIST, Quickstart, SplitCIFAR, SplitCIFARWide)
+    return {preset.preset: preset for preset in presets}
 
 
 def experiment_of(options: Run) -> Experiment:

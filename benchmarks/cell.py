@@ -26,6 +26,9 @@ from benchmarks.experiment import Experiment, canonical, changed, derive, digest
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import Method
 from benchmarks.precision import bf16_kernels
+
+if TYPE_CHECKING:
+    from benchmarks.shared import SharedTrials
 from clnp import LogitDrift
 
 if TYPE_CHECKING:
@@ -72,6 +75,19 @@ class Cell:
         settings = changed(self.settings)
         first = {name: settings[name] for name in settings if name not in self.method.later}
         return digest({**self._named(first), "learnt": 1})
+
+    @cached_property
+    def trained_hash(self) -> str | None:
+        """SHA-256 of everything that can change the first task's training, before what follows it.
+
+        None if the method can't share that with others.
+        """
+        training = self.settings.first_training()
+        if training is None:
+            return None
+        named = self._named({}) | {"method": training.pop("kind"), "settings": training}
+        named["experiment"].pop("settings", None)  # of methods; they are in
+        return digest(named)
 
     def _named(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -251,6 +267,7 @@ def run(
     git: dict[str, Any],
     announce: Listener,
     first: Path | None = None,
+    shared: SharedTrials | None = None,
 ) -> records.Record:
     """Train and evaluate a cell, going on from its saved state if there is one.
 
@@ -275,6 +292,8 @@ def run(
     first
         File of the state after the first task, for all cells with the same `Cell.first_hash`: a
         cell without a state of its own starts from it, or writes it. None: each trains its own.
+    shared
+        Trains the first task of cells with the same `Cell.trained_hash`; see `benchmarks.shared`.
 
     Returns
     -------
@@ -295,7 +314,8 @@ def run(
             accuracy_metrics(experience=True), drift, loggers=[], collect_all=False
         )
     learner: Learner = cell.method.build(
-        Setup(cell.experiment, scenario, cell.seed, device, evaluator, [monitor]), cell.settings
+        Setup(cell.experiment, scenario, cell.seed, device, evaluator, [monitor], shared),
+        cell.settings,
     )
     monitor.learner = learner
     accuracy: dict[str, Matrix] = {name: [] for name in streams}
@@ -340,6 +360,9 @@ def run(
         began = time.perf_counter()
         RNGManager.set_random_seeds(derive(cell.seed, "noise", task))
         learner.train(scenario.streams["train"][task])
+        if shared is not None and task == 0:
+            # A training that another cell has paid for counts in each, as if each were alone.
+            began -= shared.saved
         train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
             accuracy[name].append(measure(learner.strategy, stream, learner.learnt(task + 1)))
@@ -385,7 +408,7 @@ def run(
         "sufficiency": learner.sufficiency(),
         "logit_drift": [drifts.get(task) for task in range(cell.experiment.tasks)],
         "parameters": learner.parameters(),
-        "task_id_at_test": cell.method.task_id_at_test,
+        "task_id_at_test": cell.method.told_task(cell.experiment),
         "seconds": {
             "train": train_seconds,
             "total": before + time.perf_counter() - started,

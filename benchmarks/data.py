@@ -14,7 +14,7 @@ import os
 import socket
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -45,7 +45,7 @@ class Images:
     name
         As given to `load`.
     train_x, train_y
-        (N, H, W) or (N, C, H, W) uint8 and (N,) int64.
+        (N, H, W), or (N, C, H, W) in channels-last memory, uint8, and (N,) int64.
     test_x, test_y
         Likewise; None if loaded with test=False.
     fingerprint
@@ -115,6 +115,7 @@ def load(
     ----------
     name
         "mnist", "cifar10", "cifar100", or "digits" (ships inside scikit-learn; needs no folder).
+        Several, as "cifar10+cifar100": one after another, labels counted on.
     data_dir
         See `resolve_data_dir`.
     device
@@ -128,6 +129,8 @@ def load(
         Unknown name; data neither there nor to be downloaded, or damaged: the message names the
         folder, the files and the remedy.
     """
+    if "+" in name:
+        return join([load(part, data_dir, device, test) for part in name.split("+")])
     if name == "digits":
         return _digits(device, test)
     source = _source(name)
@@ -138,6 +141,37 @@ def load(
     )
     content = _joint(source.fingerprints.values())
     return Images(name, train_x, train_y, test_x, test_y, content, source.classes)
+
+
+def join(parts: Sequence[Images]) -> Images:
+    """Put data sets one after another.
+
+    Parameters
+    ----------
+    parts
+        With images of one size and scale; all with test data or none.
+
+    Returns
+    -------
+    Images
+        The labels of each part follow those of the parts before it.
+    """
+    starts = [sum(part.classes for part in parts[:i]) for i in range(len(parts))]
+
+    def labels(values: Iterable[Tensor]) -> Tensor:
+        return torch.cat([y + start for y, start in zip(values, starts, strict=True)])
+
+    test = [(p.test_x, p.test_y) for p in parts if p.test_x is not None and p.test_y is not None]
+    return Images(
+        "+".join(part.name for part in parts),
+        torch.cat([part.train_x for part in parts]),
+        labels(part.train_y for part in parts),
+        torch.cat([x for x, _ in test]) if test else None,
+        labels(y for _, y in test) if test else None,
+        _joint(part.fingerprint for part in parts),
+        sum(part.classes for part in parts),
+        parts[0].scale,
+    )
 
 
 def prepare(names: Iterable[str], data_dir: Path | None = None, download: bool = True) -> None:
@@ -289,7 +323,8 @@ def _tensors(arrays: Arrays, device: str | torch.device) -> tuple[Tensor, Tensor
     """Images (N, H, W) or (N, C, H, W), labels (N,)."""
     x, y = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1].astype(np.int64))
     if x.ndim == 4:
-        x = x.permute(0, 3, 1, 2).contiguous()
+        # The channels stay next to each other in memory: that is what convolutions like best.
+        x = x.permute(0, 3, 1, 2)
     return x.to(device), y.to(device)
 
 

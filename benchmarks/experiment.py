@@ -60,7 +60,7 @@ def changed(instance: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A stream of permuted images learnt by a fully connected network with one head.
+    """A network, a stream of tasks, and a budget.
 
     A subclass is a *preset*: its defaults are the experiment. An instance with any other value
     is another experiment and is named so (`name`); seeds, devices and paths are no fields,
@@ -73,10 +73,12 @@ class Experiment:
     """Seeds that are run unless the user names others."""
     methods: ClassVar[tuple[str, ...]]
     """Methods that are run unless the user names others."""
+    multi_head: ClassVar[bool] = False
+    """Whether each task has a head of its own."""
     threads: ClassVar[int | None] = None
     """CPU threads; None: as many as torch chooses."""
 
-    dataset: str = "mnist"
+    dataset: str = ""
     """Name of the data set (see `benchmarks.data.load`)."""
     tasks: int = 10
     """Number of tasks."""
@@ -90,19 +92,14 @@ class Experiment:
     """Images in an evaluation batch."""
     precision: Precision = "fp32"
     """fp32, or bf16: forward passes under autocast to bfloat16."""
-    validation: int = 10_000
-    """Training images held out for validation, the same in each task."""
-    inputs: int = 784
-    """Pixels of an image."""
-    hidden: tuple[int, ...] = (2000, 2000)
-    """Units of each hidden layer."""
-    classes: int = 10
-    """Outputs of the head."""
     settings: tuple[str, ...] = ()
     """Changed settings of methods, each as METHOD.SETTING=VALUE."""
 
     def __post_init__(self) -> None:
-        for field in ("tasks", "epochs", "batch_size", "eval_batch_size", "validation"):
+        self._check_counts("tasks", "epochs", "batch_size", "eval_batch_size")
+
+    def _check_counts(self, *fields: str) -> None:
+        for field in fields:
             if getattr(self, field) < 1:
                 raise UserError(
                     f"{self.preset}: {field} is {getattr(self, field)}; it must be at least 1."
@@ -127,6 +124,33 @@ class Experiment:
         from benchmarks.data import load
 
         return load(self.dataset, data_dir, device=device, test=test)
+
+    def scenario(self, images: Images, seed: int) -> CLScenario:
+        """Return the task stream that belongs to `seed`."""
+        raise NotImplementedError
+
+    def model(self) -> torch.nn.Module:
+        """Return a new network, drawn from torch's global generator."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PermutedImages(Experiment):
+    """A stream of permuted images learnt by a fully connected network with one head."""
+
+    dataset: str = "mnist"
+    validation: int = 10_000
+    """Training images held out for validation, the same in each task."""
+    inputs: int = 784
+    """Pixels of an image."""
+    hidden: tuple[int, ...] = (2000, 2000)
+    """Units of each hidden layer."""
+    classes: int = 10
+    """Outputs of the head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts("validation")
 
     def scenario(self, images: Images, seed: int) -> CLScenario:
         """Return the task stream that belongs to `seed`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +49,16 @@ class Settings:
         require(0 <= self.decay_from <= 1, "decay_from", self.decay_from, "within [0, 1]")
         size = self.batch_size
         require(size is None or size >= 1, "batch_size", size, "at least 1")
+
+    def first_training(self) -> dict[str, Any] | None:
+        """Return what acts on the training of the first task, if cells may share that.
+
+        Returns
+        -------
+        dict or None
+            With the method's kind; None: each cell trains its own.
+        """
+        return None
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimizer over `parameters`, fused where torch has such a one."""
@@ -103,6 +114,8 @@ class Setup:
     evaluator: EvaluationPlugin
     plugins: Sequence[SupervisedPlugin] = ()
     """The harness's own plugins; they run after the method's."""
+    shared: Executor | None = None
+    """Trains the first task's candidates, or knows what another cell's training gave."""
 
     def epochs(self, settings: Settings) -> int:
         """Return the epochs of a task: the method's own if it has any and may use them."""

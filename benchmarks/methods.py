@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import pandas as pd
 import tyro
 from avalanche.models.packnet import PackNetModel
+from avalanche.training.plugins import LRSchedulerPlugin
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR
 
 from baselines.er import ERPlugin
 from baselines.ewc import EWCPlugin
@@ -23,7 +27,8 @@ from baselines.superposition import Kind, SuperpositionPlugin, superpose, superp
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, derive
 from benchmarks.learners import Learner, Settings, Setup, State, require
-from clnp import CLNPPlugin, FineTune, search
+from benchmarks.models import MultiHead, PartedHead
+from clnp import CapacityExhausted, CLNPPlugin, FineTune, search
 
 # ---------------------------------------------------------------------------------------------
 # clnp
@@ -76,6 +81,14 @@ class CLNPSettings(Settings):
         rounds = self.finetune_iterations
         require(rounds >= 1, "finetune_iterations", rounds, "at least 1")
 
+    def first_training(self) -> dict[str, Any] | None:
+        """Return all but what acts after training; the margin does if the last epoch is kept."""
+        after = {"thresholds", *(name for name in vars(self) if name.startswith("finetune_"))}
+        if self.keep_epoch == "last":
+            after.add("margin")
+        values = dataclasses.asdict(self)
+        return {"kind": "clnp", **{name: values[name] for name in values if name not in after}}
+
     @property
     def finetune(self) -> FineTune | None:
         """What is asked for of fine-tuning."""
@@ -106,12 +119,29 @@ class CLNPLearner(Learner):
 
     settings: CLNPSettings
     plugin: CLNPPlugin
+    shared: Executor | None = None
+    """Trains the first task, or knows what another cell's training gave."""
 
     def train(self, experience: Any) -> None:
-        """Learn an experience, or the best of the grid on it."""
+        """Learn an experience, or the best of the grid on it; or nothing, if nothing is free."""
+        try:
+            self._train(experience)
+        except CapacityExhausted:
+            # A result of the paper's (single head, Sec. 3.2): that task and the later ones have no
+            # accuracy.
+            if not self.plugin.tasks:
+                raise
+
+    def learnt(self, trained: int) -> int:
+        """Return how many tasks have found room."""
+        return min(trained, len(self.plugin.tasks))
+
+    def _train(self, experience: Any) -> None:
         asked = self.settings
         first = not self.plugin.tasks
-        if not (asked.grid_l1 or asked.grid_lr) or not (first or asked.grid_tasks == "each"):
+        grid = bool(asked.grid_l1 or asked.grid_lr) and (first or asked.grid_tasks == "each")
+        shared = self.shared if first else None
+        if not grid and shared is None:
             super().train(experience)
             return
         search(
@@ -119,9 +149,12 @@ class CLNPLearner(Learner):
             experience,
             l1=[_alphas(values) for values in asked.grid_l1] or None,
             lr=asked.grid_lr or None,
+            executor=shared,
             eval_streams=[],
             reset_optimizer_state=True,
         )
+        if not grid:
+            self.plugin.candidates.clear()
 
     def state(self) -> State:
         """Return the plugin's state, which holds the used part of the weights, and the rate."""
@@ -175,7 +208,9 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
         valid_stream=setup.scenario.streams["valid"],
         seed=derive(setup.seed, "clnp"),
     )
-    return CLNPLearner(setup.strategy(settings, [plugin]), settings, plugin)
+    learner = CLNPLearner(setup.strategy(settings, [plugin]), settings, plugin)
+    learner.shared = setup.shared
+    return learner
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,6 +240,7 @@ def _si(setup: Setup, settings: SISettings) -> Learner:
 
 SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False)
 SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=10.0)
+SI_CIFAR = SISettings(decay_from=1.0, strength=0.01, xi=0.001)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,9 +325,10 @@ def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
 
 
 EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, samples=10_000)
-EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0)
+EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
+EWC_CIFAR = EWCSettings(decay_from=1.0, samples=5000)
 EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000)
-EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0)
+EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
 EWC_STRENGTHS = {
     "pmnist": (10.0, 100.0, 1000.0, 10_000.0),
     "quickstart": (30.0, 100.0, 300.0, 1000.0),
@@ -303,8 +340,36 @@ EWC_STRENGTHS = {
 # ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class JointSettings(Settings):
+    """Settings of joint training; see baselines/joint.md."""
+
+    joint_tasks: int | None = None
+    """How many tasks are learnt, the first ones of the stream; None: all."""
+    per_task: tuple[int, ...] = ()
+    """Images in a batch of the first task, and of each other one; none: as they come."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which the learning rate falls; none: `decay_from` counts."""
+    gamma: float = 0.05
+    """Factor by which it falls there."""
+    parts: bool = False
+    """Whether each task reads a part of the last hidden layer of its own, and is told."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tasks = self.joint_tasks
+        require(tasks is None or tasks >= 1, "joint_tasks", tasks, "at least 1")
+        sizes = self.per_task
+        fits = not sizes or (len(sizes) == 2 and min(sizes) >= 1)
+        require(fits, "per_task", sizes, "two numbers, both at least 1")
+        rising = list(self.milestones) == sorted(set(self.milestones))
+        rising = rising and min(self.milestones, default=1) >= 1
+        require(rising, "milestones", self.milestones, "rising numbers, at least 1")
+        require(0 < self.gamma <= 1, "gamma", self.gamma, "within (0, 1]")
+
+
 class JointLearner(Learner):
-    """All tasks at once, as soon as the last one has come."""
+    """All tasks at once, as soon as the last one of them has come."""
 
     def __init__(self, strategy: Any, settings: Settings, tasks: int) -> None:
         super().__init__(strategy, settings)
@@ -317,13 +382,36 @@ class JointLearner(Learner):
 
     def learnt(self, trained: int) -> int:
         """Return 0 until all have come."""
-        return self.tasks if trained == self.tasks else 0
+        return self.tasks if trained >= self.tasks else 0
 
 
-def _joint(setup: Setup, settings: Settings) -> Learner:
-    plugin = JointPlugin(setup.scenario.streams["train"])
-    strategy = setup.strategy(settings, [plugin])
-    return JointLearner(strategy, settings, setup.experiment.tasks)
+def _joint(setup: Setup, settings: JointSettings) -> Learner:
+    tasks = min(settings.joint_tasks or setup.experiment.tasks, setup.experiment.tasks)
+    model = setup.model()
+    if settings.parts:
+        assert isinstance(model, nn.Sequential)
+        model = PartedHead(model, tasks).to(setup.device)
+    per_task = None
+    if settings.per_task:
+        first, others = settings.per_task
+        per_task = [first] + [others] * (tasks - 1)
+    plugin = JointPlugin(setup.scenario.streams["train"][:tasks])
+    strategy = setup.strategy(settings, [plugin], model=model, per_task=per_task)
+    if settings.milestones:
+        schedule = MultiStepLR(strategy.optimizer, list(settings.milestones), settings.gamma)
+        strategy.plugins.append(LRSchedulerPlugin(schedule))
+    return JointLearner(strategy, settings, tasks)
+
+
+JOINT_WIDE = JointSettings(
+    epochs=120,
+    decay_from=1.0,
+    joint_tasks=10,
+    per_task=(50, 10),
+    milestones=(50, 90),
+    parts=True,
+)
+"""Appendix A of the paper."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -446,6 +534,8 @@ class HATLearner(Learner):
 
 def _hat(setup: Setup, settings: HATSettings) -> Learner:
     model = setup.model()
+    if isinstance(model, MultiHead):  # HAT makes the heads itself
+        model = model.chain()
     plugin = HATPlugin(
         model,
         smax=settings.smax,
@@ -576,14 +666,20 @@ class Method(Generic[S]):
     build: Callable[[Setup, S], Learner]
     settings: dict[str, S]
     """Its settings, by preset."""
-    task_id_at_test: bool
-    """Whether it is told the task of a test image."""
+    task_id_at_test: bool | frozenset[str]
+    """Whether it is told the task of a test image; or the presets in which it is."""
     grid: dict[str, tuple[S, ...]] = field(default_factory=dict)
     """The settings that `python -m benchmarks tune` compares, by preset; at most 4."""
     later: frozenset[str] = frozenset()
     """Names of settings that have no effect before the second task."""
     revision: int = 1
     """Raised when a fix changes the method's results."""
+
+    def told_task(self, experiment: Experiment) -> bool:
+        """Return whether it is told the task of a test image; with a head a task all are."""
+        told = self.task_id_at_test
+        own = told if isinstance(told, bool) else experiment.preset in told
+        return own or experiment.multi_head
 
     def settings_for(self, experiment: Experiment) -> S:
         """Return the settings in an experiment, with the changes that it asks for.
@@ -627,8 +723,30 @@ def _parsed(kind: Any, value: str) -> Any:
 
 _CLNP = CLNPSettings(lr=0.002, epochs=60, keep_epoch="latest-within-margin")
 """On permuted MNIST: the paper's learning rate and L1 strengths."""
-_PLAIN = {"pmnist": Settings(epochs=20), "quickstart": Settings(lr=0.004, epochs=40)}
+_NARROW = ("split_cifar", "split_cifar_reduced")
+_WIDE = ("split_cifar_wide", "split_cifar_wide_reduced")
+_CIFAR = Settings(decay_from=1.0)
+"""As SI's authors train on split CIFAR."""
+_CLNP_WIDE = CLNPSettings(
+    margin=0.02,
+    l1=(5e-5,),
+    keep_epoch="latest-within-margin",
+    grid_l1=((1e-5,), (5e-5,)),
+    grid_lr=(0.001, 0.0005),
+    grid_tasks="each",
+)
+"""The paper's margin, its search for every task, and early stopping; the grid is ours."""
+_PLAIN = {
+    "pmnist": Settings(epochs=20),
+    "quickstart": Settings(lr=0.004, epochs=40),
+} | dict.fromkeys((*_NARROW, *_WIDE), _CIFAR)
 """Of single_task, and so of finetune: they differ in what is forgotten and nothing else."""
+
+
+def _margin(margin: float) -> CLNPSettings:
+    """Return the paper's settings for the narrow network."""
+    return CLNPSettings(margin=margin, l1=(5e-5,), decay_from=1.0)
+
 
 METHODS: dict[str, Method[Any]] = {
     method.name: method
@@ -650,6 +768,29 @@ METHODS: dict[str, Method[Any]] = {
             },
         ),
         Method(
+            name="clnp_m1",
+            build=_clnp,
+            settings={name: _margin(0.01) for name in _NARROW},
+            task_id_at_test=True,
+        ),
+        Method(
+            name="clnp_m2",
+            build=_clnp,
+            settings={name: _margin(0.02) for name in _NARROW} | dict.fromkeys(_WIDE, _CLNP_WIDE),
+            task_id_at_test=True,
+        ),
+        Method(
+            name="clnp_m4_ft",
+            build=_clnp,
+            settings={
+                name: dataclasses.replace(
+                    _margin(0.04), finetune_epochs=20, finetune_lr=1e-4, finetune_l1=(5e-5,)
+                )
+                for name in _NARROW
+            },
+            task_id_at_test=True,
+        ),
+        Method(
             name="finetune",
             build=_finetune,
             settings=_PLAIN,
@@ -661,11 +802,13 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": SI_PMNIST,
                 "quickstart": SI_QUICKSTART,
+                **dict.fromkeys(_NARROW, SI_CIFAR),
             },
             task_id_at_test=False,
             grid={
                 "pmnist": strengths(SI_PMNIST, (0.03, 0.1, 0.3, 1.0)),
                 "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
+                **{name: strengths(SI_CIFAR, (0.001, 0.01, 0.1, 1.0)) for name in _NARROW},
             },
             later=frozenset({"strength"}),
         ),
@@ -673,12 +816,13 @@ METHODS: dict[str, Method[Any]] = {
             name="joint",
             build=_joint,
             settings={
-                "pmnist": Settings(epochs=20),
-                "quickstart": Settings(lr=0.004, epochs=40),
+                "pmnist": JointSettings(epochs=20),
+                "quickstart": JointSettings(lr=0.004, epochs=40),
+                **dict.fromkeys(_WIDE, JOINT_WIDE),
             },
-            task_id_at_test=False,
+            task_id_at_test=frozenset(_WIDE),
             grid={
-                "pmnist": tuple(Settings(epochs=20, lr=lr) for lr in (0.0005, 0.001, 0.002)),
+                "pmnist": tuple(JointSettings(epochs=20, lr=lr) for lr in (0.0005, 0.001, 0.002)),
             },
         ),
         Method(
@@ -699,11 +843,13 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": EWC_PMNIST,
                 "quickstart": EWC_QUICKSTART,
+                **dict.fromkeys(_NARROW, EWC_CIFAR),
             },
             task_id_at_test=False,
             grid={
                 "pmnist": strengths(EWC_PMNIST, EWC_STRENGTHS["pmnist"]),
                 "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS["quickstart"]),
+                **{name: strengths(EWC_CIFAR, EWC_STRENGTHS["pmnist"]) for name in _NARROW},
             },
             later=frozenset({"strength"}),
         ),
@@ -727,6 +873,7 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": SUPERPOSITION_PMNIST,
                 "quickstart": SUPERPOSITION_QUICKSTART,
+                **{name: SuperpositionSettings() for name in _WIDE},
             },
             task_id_at_test=True,
             grid={"pmnist": SUPERPOSITION_GRID},
@@ -737,6 +884,7 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": HATSettings(epochs=25, smax=100.0, embedding_lr=0.01),
                 "quickstart": HATSettings(lr=0.004, epochs=40),
+                **{name: HATSettings(smax=100.0, embedding_lr=0.01) for name in _NARROW},
             },
             task_id_at_test=True,
             grid={

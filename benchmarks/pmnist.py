@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from benchmarks.experiment import Experiment, Precision
+from benchmarks.experiment import PermutedImages, Precision
 
 
 @dataclass(frozen=True)
-class PermutedMNIST(Experiment):
+class PermutedMNIST(PermutedImages):
     """The paper's Table 1 and Fig. 3: a 784-2000-2000-10 network learns ten pixel permutations.
 
     Expected (Table 1, mean test accuracy over the tasks, in %): single-task 98.48, CLNP 98.42.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from benchmarks.experiment import Experiment
+from benchmarks.experiment import PermutedImages
 
 
 @dataclass(frozen=True)
-class Quickstart(Experiment):
+class Quickstart(PermutedImages):
     """A 64-300-300-10 network learns five pixel permutations of the 8x8 digits, on any machine.
 
     Expected: CLNP's accuracy on a task never changes once it is learnt; finetune forgets.

@@ -20,6 +20,7 @@ from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical
 from benchmarks.methods import METHODS
 from benchmarks.process import tune
+from benchmarks.shared import SharedTrials
 from benchmarks.tracking import Mode, Tracker, View
 
 if TYPE_CHECKING:
@@ -240,8 +241,12 @@ def run_cells(
         with View(len(todo)) as view:
             for place, cell in enumerate(todo):
                 first = first_state(cell, runs) if share_first else None
+                shared = trials(cell, [*todo[:place], *todo[place + 1 :]], runs)
                 tracker = Tracker(cell.run_dir(runs), wandb, view)
-                error = _run_one(cell, images, device, git, runs, keep, tracker, first, lost)
+                options = (tracker, first, shared, lost)
+                error = _run_one(cell, images, device, git, runs, keep, *options)
+                if shared and not shares(cell, todo[place + 1 :]):
+                    shared.forget()
                 if error:
                     failed.append(error)
                 elif first and first not in (first_state(c, runs) for c in todo[place + 1 :]):
@@ -264,6 +269,20 @@ def first_state(cell: Cell, runs: Path) -> Path:
     return cell.run_dir(runs).with_name(f"first-seed{cell.seed}-{cell.first_hash[:8]}.pt")
 
 
+def trials(cell: Cell, others: Sequence[Cell], runs: Path) -> SharedTrials | None:
+    """Return who trains a cell's first task if others share that training, else None."""
+    if cell.trained_hash is None:
+        return None
+    path = runs / "shared" / f"seed{cell.seed}-{cell.trained_hash[:8]}.pt"
+    shared = SharedTrials(path, cell.trained_hash)
+    return shared if shares(cell, others) or shared.files() else None
+
+
+def shares(cell: Cell, others: Sequence[Cell]) -> bool:
+    """Return whether some other cell has the same training of the first task."""
+    return any(cell.trained_hash == other.trained_hash for other in others)
+
+
 def _run_one(
     cell: Cell,
     images: Images,
@@ -273,6 +292,7 @@ def _run_one(
     keep: Keep,
     tracker: Tracker,
     first: Path | None,
+    shared: SharedTrials | None,
     lost: Callable[[Cell, Exception], None] | None,
 ) -> str | None:
     """Run a cell and hand its record on; return what went wrong, or None."""
@@ -280,7 +300,7 @@ def _run_one(
     trace = folder / "traceback.txt"
     failed = True
     try:
-        record = cells.run(cell, images, device, folder, git, tracker.announce, first)
+        record = cells.run(cell, images, device, folder, git, tracker.announce, first, shared)
         keep(cell, record)
         (folder / cells.STATE).unlink(missing_ok=True)
         trace.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, default_collate
 
 from benchmarks.data import Images
 from benchmarks.errors import UserError
+from benchmarks.models import MultiHead
 from benchmarks.precision import bf16
 
 Precision = Literal["fp32", "bf16"]
@@ -99,7 +100,11 @@ class ResidentDataset(Dataset[tuple[Tensor, int]]):
         tuple of Tensor
             x (B, D) or (B, ...) float32 in [0, 1], y (B,) int64, task labels (B,) int64.
         """
-        x = self.images.index_select(0, indices).float().div_(self.scale)
+        if self.images.ndim == 4:  # rows of channels-last memory, as convolutions like it best
+            x = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+        else:
+            x = self.images.index_select(0, indices)
+        x = x.float().div_(self.scale)
         if self.permutation is not None:
             # Columns of float32: on a CPU twice as fast as columns of uint8.
             x = x.flatten(1).index_select(1, self.permutation)
@@ -141,6 +146,8 @@ class ResidentLoader:
         self.batch_size = batch_size
         self.generator = generator
         self.drop_last = drop_last
+        self.labels: Tensor | None = None
+        """The task labels of the batch served last."""
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.indices), self.batch_size)
@@ -153,7 +160,9 @@ class ResidentLoader:
             order = order[shuffle.to(order.device, non_blocking=True)]
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             # A list, as from Avalanche's collate: strategies write into it.
-            yield list(self.dataset.batch(order[start : start + self.batch_size]))
+            batch = list(self.dataset.batch(order[start : start + self.batch_size]))
+            self.labels = batch[2]
+            yield batch
 
 
 def plan_epoch(
@@ -447,10 +456,21 @@ class ResidentData(SupervisedTemplate):
 
     def forward(self) -> Any:
         """Compute the model's output for the current batch, float32 at either precision."""
-        if self.precision == "fp32":
-            return super().forward()
-        with bf16(self.device):
-            return super().forward().float()
+        labels, loader = self.mbatch[-1], self.dataloader
+        if (
+            isinstance(self.model, MultiHead)
+            and isinstance(loader, ResidentLoader)
+            and labels is loader.labels
+        ):
+            # All labels are one: to ask the tensor on a GPU would make the host wait each step.
+            self.mbatch[-1] = loader.dataset.task
+        try:
+            if self.precision == "fp32":
+                return super().forward()
+            with bf16(self.device):
+                return super().forward().float()
+        finally:
+            self.mbatch[-1] = labels
 
     def join_memory(self, memory: AvalancheDataset[Any], batch_size: int) -> bool:
         """Let a batch of a memory join each batch of the running experience, by index.
@@ -543,6 +563,77 @@ def permuted(images: Images, tasks: int, seed: int, validation: int) -> CLScenar
         for name, (x, y, samples) in parts.items()
         for labels, chosen in [(y.tolist(), sorted(samples.tolist()))]
     }
+    return with_classes_timeline(with_task_labels(benchmark_from_datasets(**streams)))
+
+
+def split(
+    images: Images, tasks: int, seed: int, validation: float, classes_per_task: int = 10
+) -> CLScenario:
+    """Make a stream that learns some classes after others, each task's labels counted from 0.
+
+    Parameters
+    ----------
+    images
+        The data set, on the device that trains; task t has the classes from t x classes_per_task
+        on.
+    tasks
+        Number T of tasks; task labels and experience indices are 0, ..., T-1.
+    seed
+        Of the split into training and validation images.
+    validation
+        Share of each class's training images that is held out, in [0, 1); 0 for none (then there
+        is no valid stream).
+    classes_per_task
+        Number of classes C of a task; labels are 0, ..., C-1.
+
+    Returns
+    -------
+    CLScenario
+        Streams train, valid and test (no test stream if the images were loaded without test data).
+        Inputs are (C, H, W) float32 in [0, 1].
+
+    Raises
+    ------
+    UserError
+        More tasks than the classes make, or a validation part that leaves no training images.
+    """
+    most = images.classes // classes_per_task
+    if not 1 <= tasks <= most:
+        raise UserError(
+            f"{tasks} tasks of {classes_per_task} classes: {images.name} has {images.classes} "
+            f"classes, enough for 1 to {most} tasks"
+        )
+    if not 0 <= validation < 1:
+        raise UserError(f"validation = {validation}: choose a share of at least 0 and below 1")
+    kept: dict[str, list[Tensor]] = {"train": [], "valid": []}
+    train_y = images.train_y.cpu()
+    for task in range(tasks):
+        generator = _generator(seed, _Purpose.SPLIT, task)
+        held, rest = [], []
+        for label in range(task * classes_per_task, (task + 1) * classes_per_task):
+            members = (train_y == label).nonzero().flatten()
+            members = members[torch.randperm(len(members), generator=generator)]
+            count = round(validation * len(members))
+            held.append(members[:count])
+            rest.append(members[count:])
+        kept["train"].append(torch.cat(rest).sort().values)
+        kept["valid"].append(torch.cat(held).sort().values)
+    sources = {"train": (images.train_x, images.train_y), "valid": (images.train_x, images.train_y)}
+    if not any(len(chosen) for chosen in kept["valid"]):
+        del kept["valid"]
+    if images.test_x is not None and images.test_y is not None:
+        sources["test"] = (images.test_x, images.test_y)
+        of_task = images.test_y.cpu() // classes_per_task
+        kept["test"] = [(of_task == task).nonzero().flatten() for task in range(tasks)]
+    streams = {}
+    for name, chosen in kept.items():
+        x, y = sources[name]
+        y = y % classes_per_task
+        labels = y.tolist()
+        streams[name] = [
+            _task(ResidentDataset(x, y, task, scale=images.scale), labels, indices.tolist())
+            for task, indices in enumerate(chosen)
+        ]
     return with_classes_timeline(with_task_labels(benchmark_from_datasets(**streams)))
 
 

@@ -12,6 +12,7 @@ from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
+from benchmarks.__main__ import experiments
 from benchmarks.data import load
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment
@@ -24,6 +25,7 @@ TINY = Quickstart(
     tasks=2, epochs=1, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
 )
 
+QUICK = [name for name, method in METHODS.items() if TINY.preset in method.settings]
 IN_USE = ("_state", "_active_task", "visible_mask", "unfrozen_mask")
 
 
@@ -54,14 +56,19 @@ def logits(learner: Learner, task: int) -> torch.Tensor:
     return torch.cat(kept)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("preset", [PermutedMNIST, Quickstart])
-def test_every_method_has_settings_for_every_preset(method: str, preset: type[Experiment]) -> None:
-    assert METHODS[method].settings_for(preset()).lr > 0
-    assert METHODS[method].name == method
+@pytest.mark.parametrize("preset", experiments().values(), ids=lambda preset: preset.preset)
+def test_methods_of_a_preset_have_settings_for_it(preset: type[Experiment]) -> None:
+    for method in preset.methods:
+        assert METHODS[method].settings_for(preset()).lr > 0
+        assert METHODS[method].name == method
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_a_method_without_settings_says_so() -> None:
+    with pytest.raises(UserError, match="clnp_m1 has no settings for pmnist"):
+        METHODS["clnp_m1"].settings_for(PermutedMNIST())
+
+
+@pytest.mark.parametrize("method", QUICK)
 def test_state_restores_what_was_learnt(method: str) -> None:
     learner = built(method)
     train(learner, 0)
@@ -76,7 +83,7 @@ def test_state_restores_what_was_learnt(method: str) -> None:
     assert restored.history() == learner.history()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_an_evaluation_leaves_the_weights_alone(method: str) -> None:
     learner = built(method)
     train(learner, 0)
@@ -92,7 +99,7 @@ def test_initial_weights_are_paired_across_methods_and_differ_by_seed() -> None:
     # PackNet wraps each layer.
     weights = [
         {n.replace("wrappee.", ""): p for n, p in built(m).strategy.model.named_parameters()}
-        for m in METHODS
+        for m in QUICK
     ]
     for other in weights[1:]:
         # A method may do without biases, but not without a weight.

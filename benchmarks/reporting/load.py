@@ -21,9 +21,13 @@ from benchmarks.records import Tuning, read, read_tuning
 METHODS = {
     "single_task": "Single task",
     "ewc": "EWC",
+    "ewc_online": "Online EWC",
     "si": "SI",
     "superposition": "Superposition",
     "clnp": "CLNP",
+    "clnp_m1": "CLNP, m = 1 %",
+    "clnp_m2": "CLNP, m = 2 %",
+    "clnp_m4_ft": "CLNP, m = 4 %, fine-tuned",
     "finetune": "Fine-tuning",
     "joint": "Joint",
     "packnet": "PackNet",

@@ -1,0 +1,79 @@
+"""The first task's training, shared by cells that differ only in what happens after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cell import FORMAT, load_state, save_state
+from clnp.plugin import Outcome
+from clnp.search import Trial
+
+
+class SharedTrials(Executor):
+    """An executor for `clnp.search` that trains a candidate unless its training is on file.
+
+    Parameters
+    ----------
+    path
+        The file of the first candidate; those of others have its number.
+    hash_
+        Names the training; see `Cell.trained_hash`.
+    """
+
+    def __init__(self, path: Path, hash_: str) -> None:
+        self.path = path
+        self.hash = hash_
+        self.saved = 0.0
+        """Seconds that the trainings found on file had taken."""
+
+    def map(  # type: ignore[override]  # the one way in which a search calls it
+        self, function: Callable[[Any], Trial], grid: Iterable[Any]
+    ) -> Iterator[Trial]:
+        """Return each candidate's trial, in order."""
+        for candidate in grid:
+            path = self.path.with_name(f"{self.path.stem}-{candidate.index}{self.path.suffix}")
+            try:
+                trial = unpack(load_state(path, self.hash)["trial"])
+            except (OSError, ValueError):  # none there, or none to be trusted: train
+                pass
+            else:
+                self.saved += trial.seconds
+                yield trial
+                continue
+            trial = function(candidate)
+            if trial.outcome is not None:
+                save_state(path, {"format": FORMAT, "hash": self.hash, "trial": pack(trial)})
+            yield trial
+
+    def files(self) -> list[Path]:
+        """Return the files that are there."""
+        return sorted(self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"))
+
+    def forget(self) -> None:
+        """Delete the files."""
+        for path in self.files():
+            path.unlink(missing_ok=True)
+
+
+def pack(trial: Trial) -> dict[str, Any]:
+    """Return a trial as tensors, numbers, texts, lists and dicts."""
+    state = {field.name: getattr(trial, field.name) for field in dataclasses.fields(trial)}
+    assert trial.outcome is not None
+    state["outcome"] = vars(trial.outcome) | {"tensors": list(trial.outcome.tensors)}
+    kind, keys, *rest = trial.random["numpy"]
+    state["random"] = trial.random | {"numpy": [kind, keys.tolist(), *rest]}
+    return state
+
+
+def unpack(state: dict[str, Any]) -> Trial:
+    """Return the trial that was packed."""
+    outcome = Outcome(**state["outcome"] | {"tensors": tuple(state["outcome"]["tensors"])})
+    kind, keys, *rest = state["random"]["numpy"]
+    numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
+    return Trial(**state | {"outcome": outcome, "random": state["random"] | {"numpy": numpy}})

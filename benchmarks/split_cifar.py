@@ -1,0 +1,100 @@
+"""Split CIFAR-10/100 (arXiv 1903.04476, Sec. 3.2): the narrow network and the wide one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from benchmarks.errors import UserError
+from benchmarks.experiment import Experiment, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from avalanche.benchmarks import CLScenario
+
+    from benchmarks.data import Images
+
+
+@dataclass(frozen=True)
+class SplitImages(Experiment):
+    """CIFAR-10 first, then CIFAR-100 in groups of ten classes."""
+
+    dataset: str = "cifar10+cifar100"
+    validation: float = 0.1
+    """Share of each class's training images held out for validation."""
+    classes: int = 10
+    """Classes of a task."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts("classes")
+        if not 0 < self.validation < 1:
+            raise UserError(
+                f"{self.preset}: validation is {self.validation}; it must be between 0 and 1."
+            )
+
+    def scenario(self, images: Images, seed: int) -> CLScenario:
+        """Return the task stream that belongs to `seed`."""
+        from benchmarks.scenarios import split
+
+        return split(images, self.tasks, seed, self.validation, self.classes)
+
+
+@dataclass(frozen=True)
+class SplitCIFAR(SplitImages):
+    """The paper's Fig. 4: SI's small network with a head a task learns six tasks.
+
+    Expected: CLNP at m = 2 % above SI in the mean over tasks; at m = 1 % capacity runs out early.
+    Cost: about an hour a method and seed on 2 CPU cores.
+
+        nox -s split_cifar -- --methods clnp_m2 si --seeds 0
+    """
+
+    preset: ClassVar[str] = "split_cifar"
+    seeds: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+    methods: ClassVar[tuple[str, ...]] = (
+        *("clnp_m1", "clnp_m2", "clnp_m4_ft"),
+        *("si", "ewc", "single_task", "finetune", "hat"),
+    )
+    multi_head: ClassVar[bool] = True
+
+    tasks: int = 6
+    precision: Precision = "bf16"
+    pool: int = 2
+    """Kernel of the max pooling: 2 as in SI's code, or 3 as in the paper's Table 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool not in (2, 3):
+            raise UserError(f"{self.preset}: pool is {self.pool}; it must be 2 or 3.")
+
+    def model(self) -> torch.nn.Module:
+        """Return a new network, drawn from torch's global generator."""
+        from benchmarks.models import MultiHead, narrow
+
+        return MultiHead(*narrow(self.pool), self.tasks, self.classes)
+
+
+@dataclass(frozen=True)
+class SplitCIFARWide(SplitImages):
+    """The paper's Fig. 5: a wide convolutional network with a single head learns until it is full.
+
+    Expected: ten tasks are learnt; then the last hidden layer has no free channel.
+    Cost: for a GPU.
+
+        nox -s split_cifar_wide -- --methods clnp_m2 --seeds 0
+    """
+
+    preset: ClassVar[str] = "split_cifar_wide"
+    seeds: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
+    methods: ClassVar[tuple[str, ...]] = ("clnp_m2", "joint", "single_task", "superposition")
+
+    precision: Precision = "bf16"
+    shrink: int = 1
+    """Number by which the channels of the network are divided."""
+
+    def model(self) -> torch.nn.Module:
+        """Return a new network, drawn from torch's global generator."""
+        from benchmarks.models import wide
+
+        return wide(self.classes, self.shrink)
