@@ -27,7 +27,8 @@ class Run:
     """
 
     experiment: tyro.conf.Positional[str]
-    """Name of the experiment: pmnist, split_cifar, split_cifar_wide or quickstart."""
+    """Name of the experiment: pmnist, split_cifar, split_cifar_wide, either with _reduced, or
+    quickstart."""
     methods: tuple[str, ...] = ()
     """Names of the methods, such as clnp finetune single_task. (default: the experiment's own)"""
     seeds: tuple[int, ...] = ()
@@ -68,7 +69,8 @@ class Tune:
     method: str
     """Name of the method, such as clnp; its grid stands in benchmarks/methods.py."""
     experiment: str = "pmnist"
-    """Name of the experiment: pmnist, split_cifar, split_cifar_wide or quickstart."""
+    """Name of the experiment: pmnist, split_cifar, split_cifar_wide, either with _reduced, or
+    quickstart."""
     seeds: tuple[int, ...] = (100,)
     """The seeds, from 100 on; those of an earlier result are kept."""
     tasks: int = 3
@@ -127,9 +129,15 @@ def experiments() -> dict[str, type[Experiment]]:
     """Return the presets by name."""
     from benchmarks.pmnist import PermutedMNIST
     from benchmarks.quickstart import Quickstart
-    from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
+    from benchmarks.split_cifar import (
+        SplitCIFAR,
+        SplitCIFARReduced,
+        SplitCIFARWide,
+        SplitCIFARWideReduced,
+    )
 
-    presets = (PermutedMNIST, Quickstart, SplitCIFAR, SplitCIFARWide)
+    narrow, wide = (SplitCIFAR, SplitCIFARReduced), (SplitCIFARWide, SplitCIFARWideReduced)
+    presets = (PermutedMNIST, Quickstart, *narrow, *wide)
     return {preset.preset: preset for preset in presets}
 
 

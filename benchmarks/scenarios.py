@@ -567,7 +567,12 @@ def permuted(images: Images, tasks: int, seed: int, validation: int) -> CLScenar
 
 
 def split(
-    images: Images, tasks: int, seed: int, validation: float, classes_per_task: int = 10
+    images: Images,
+    tasks: int,
+    seed: int,
+    validation: float,
+    classes_per_task: int = 10,
+    limit: int | None = None,
 ) -> CLScenario:
     """Make a stream that learns some classes after others, each task's labels counted from 0.
 
@@ -585,6 +590,8 @@ def split(
         is no valid stream).
     classes_per_task
         Number of classes C of a task; labels are 0, ..., C-1.
+    limit
+        Training and validation images of a task, of each class alike; None: all.
 
     Returns
     -------
@@ -613,6 +620,7 @@ def split(
         for label in range(task * classes_per_task, (task + 1) * classes_per_task):
             members = (train_y == label).nonzero().flatten()
             members = members[torch.randperm(len(members), generator=generator)]
+            members = members[: None if limit is None else limit // classes_per_task]
             count = round(validation * len(members))
             held.append(members[:count])
             rest.append(members[count:])

@@ -274,7 +274,7 @@ def test_help_is_quick_and_explains_every_option() -> None:
     )
     assert result.returncode == 0, result.stderr
     for name in Run.__dataclass_fields__:
-        option = {"experiment": "split_cifar_wide or quickstart", "settings": "--set"}.get(name)
+        option = {"experiment": "with _reduced, or", "settings": "--set"}.get(name)
         assert (option or f"--{name.replace('_', '-')}") in result.stdout
     assert "clnp.margin=0.001" in result.stdout
 

@@ -131,6 +131,18 @@ def test_the_first_tasks_of_a_shorter_stream_are_the_same(images: Images) -> Non
         assert samples(a) == samples(b)
 
 
+def test_a_limit_takes_as_many_of_each_class(images: Images) -> None:
+    few, all_ = (split(images, 3, 0, 0.2, limit=limit).streams for limit in (100, None))
+    for name, count in (("train", 8), ("valid", 2)):
+        for task in range(3):
+            targets = torch.tensor(list(few[name][task].dataset.targets))
+            assert torch.bincount(targets, minlength=10).tolist() == [count] * 10
+    # Nothing held out of all images is trained on with a few of them, nor the other way round.
+    for task in range(3):
+        assert not samples(few["train"][task]).keys() & samples(few["valid"][task]).keys()
+        assert [len(s["test"][task].dataset) for s in (few, all_)] == [[100, 80, 70][task]] * 2
+
+
 def test_without_validation_or_test_data_there_is_no_such_stream(images: Images) -> None:
     bare = dataclasses.replace(images, test_x=None, test_y=None)
     assert set(split(bare, 2, 0, 0.0).streams) == {"train"}
@@ -168,6 +180,7 @@ def test_batches_are_in_channels_last_memory(images: Images) -> None:
         ({"validation": 1.0}, "validation"),
         ({"pool": 4}, "pool"),
         ({"classes": 0}, "classes"),
+        ({"images": 99}, "images"),
     ],
 )
 def test_impossible_presets_are_named(change: dict[str, Any], says: str) -> None:

@@ -306,6 +306,255 @@ def no_forgetting(claim: Targets, target: Targets, cells: Sequence[Cell]) -> lis
     ]
 
 
+def _means(cells: Sequence[Cell], method: str, part: str, tasks: slice) -> dict[int, float]:
+    """Return the mean accuracy over some tasks after the last one, in %, by seed."""
+    found = {}
+    for cell in _cells(cells, method):
+        values = getattr(cell, part)[-1, tasks]
+        if not len(values) or np.isnan(values).any():
+            raise Missing(f"{cell.name} has not learnt all tasks that the claim is about.")
+        found[cell.seed] = float(values.mean())
+    return found
+
+
+def _difference(
+    what: str,
+    one: dict[int, float],
+    other: dict[int, float],
+    low: float,
+    high: float,
+    alpha: float,
+) -> Part:
+    """Return whether per-seed differences lie between two bounds."""
+    both = [seed for seed in one if seed in other]
+    if not both:
+        raise Missing(f"{what}: no seed in common.")
+    differences = [one[seed] - other[seed] for seed in both]
+    summary = summarise(differences, 1 - alpha)
+    bounds = f"at least {low:g}" if high == np.inf else f"at most {high:g}"
+    return Part(
+        n=summary.n,
+        holds=low <= summary.mean <= high,
+        shown=summary.low >= low and summary.high <= high,
+        evidence=f"{what}: {plus_minus(summary.mean, summary.sd)} points, to be {bounds} "
+        f"({_n(both)}).",
+    )
+
+
+def _share(
+    cells: Sequence[Cell], method: str, layer: int, task: int
+) -> tuple[str, dict[int, float]]:
+    """Return a layer's name and its use after a task (from 1), in %, by seed."""
+    shares, name = {}, ""
+    for cell in _cells(cells, method):
+        layers = list(dict.fromkeys(cell.capacity["layer"])) if len(cell.capacity) else []
+        if not -len(layers) <= layer < len(layers):
+            raise Missing(f"{cell.name} has no hidden layer {layer + 1}.")
+        name = str(layers[layer])
+        rows = cell.capacity[(cell.capacity["layer"] == name) & (cell.capacity["task"] == task - 1)]
+        if len(rows) != 1:
+            raise Missing(f"{cell.name} has not learnt task {task}.")
+        shares[cell.seed] = 100 * float(rows["used_fraction"].iloc[0])
+    return name, shares
+
+
+def _use_within(
+    claim: Targets,
+    target: Targets,
+    cells: Sequence[Cell],
+    layer: int,
+    task: int,
+    low: float,
+    high: float,
+) -> Part:
+    name, shares = _share(cells, claim["method"], layer, task)
+    what = f"{label(claim['method'])}, {name} after task {task}, used in %"
+    return _within(what, list(shares), list(shares.values()), low, high, target["significance"])
+
+
+def above_on_every_task(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F4-order: a method is above another on each task."""
+    one, other = claim["method"], claim["reference"]
+    return [
+        _difference(
+            f"{label(one)} − {label(other)} on task {task + 1}",
+            _means(cells, one, claim["part"], slice(task, task + 1)),
+            _means(cells, other, claim["part"], slice(task, task + 1)),
+            0,
+            np.inf,
+            target["significance"] / target["tasks"],
+        )
+        for task in range(target["tasks"])
+    ]
+
+
+def runs_out(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F4-m1: the last hidden layer is full after a task, and later tasks suffer."""
+    later, after = slice(claim["after"], None), claim["after"]
+    return [
+        _use_within(claim, target, cells, claim["layer"], after, claim["share"], 100),
+        _difference(
+            f"{label(claim['method'])} − {label(claim['reference'])} on the tasks after {after}",
+            _means(cells, claim["method"], claim["part"], later),
+            _means(cells, claim["reference"], claim["part"], later),
+            -np.inf,
+            -claim["drop"],
+            target["significance"],
+        ),
+    ]
+
+
+def lasts(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F4-m2: units are left before the last task, and the later tasks keep their accuracy."""
+    later, before_last = slice(claim["after"], None), target["tasks"] - 1
+    return [
+        _use_within(claim, target, cells, claim["layer"], before_last, 0, claim["share"]),
+        _difference(
+            f"{label(claim['method'])} − {label(claim['reference'])} on the tasks after "
+            f"{claim['after']}",
+            _means(cells, claim["method"], claim["part"], later),
+            _means(cells, claim["reference"], claim["part"], later),
+            -claim["drop"],
+            np.inf,
+            target["significance"],
+        ),
+    ]
+
+
+def full_at_once(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F4-full: the first task fills some layers."""
+    return [
+        _use_within(claim, target, cells, layer, 1, claim["share"], 100)
+        for layer in claim["layers"]
+    ]
+
+
+def fine_tuned(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F4-ft: no loss on task 1 against training it alone; later tasks above those without."""
+    name, part, alpha = claim["method"], claim["part"], target["significance"]
+    first, later = slice(0, 1), slice(1, None)
+    return [
+        _difference(
+            f"{label(name)} − {label(claim['scratch'])} on task 1",
+            _means(cells, name, part, first),
+            _means(cells, claim["scratch"], part, first),
+            -claim["margin"],
+            np.inf,
+            alpha,
+        ),
+        _difference(
+            f"{label(name)} − {label(claim['reference'])} on the later tasks",
+            _means(cells, name, part, later),
+            _means(cells, claim["reference"], part, later),
+            0,
+            np.inf,
+            alpha,
+        ),
+    ]
+
+
+def holds_tasks(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F5-ten: so many tasks are learnt, and no more."""
+    mine = _cells(cells, claim["method"])
+    if any(len(cell.test) <= claim["tasks"] for cell in mine):
+        raise Missing(f"A run of more than {claim['tasks']} tasks is needed.")
+    learnt = [int(np.isfinite(cell.test[-1]).sum()) for cell in mine]
+    exact = all(number == claim["tasks"] for number in learnt)
+    counts = ", ".join(map(str, learnt))
+    return [
+        Part(
+            n=len(mine),
+            holds=exact,
+            shown=exact,
+            evidence=f"Tasks learnt: {counts} ({_n([cell.seed for cell in mine])}).",
+        )
+    ]
+
+
+def _new(cells: Sequence[Cell], method: str, layer: int) -> tuple[str, dict[int, list[int]]]:
+    """Return a layer's name and its new units by task, for each seed."""
+    name, found = "", {}
+    for cell in _cells(cells, method):
+        layers = list(dict.fromkeys(cell.capacity["layer"])) if len(cell.capacity) else []
+        if not -len(layers) <= layer < len(layers):
+            raise Missing(f"{cell.name} has no hidden layer {layer + 1}.")
+        name = str(layers[layer])
+        rows = cell.capacity[cell.capacity["layer"] == name].sort_values("task")
+        found[cell.seed] = [int(number) for number in rows["new"]]
+    return name, found
+
+
+def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F5-linear: early tasks take alike; little is left for a later one, whose accuracy suffers."""
+    even, task = claim["even"], claim["task"]
+    name, new = _new(cells, claim["method"], claim["layer"])
+    if any(len(numbers) < max(even, task) or min(numbers[:even]) == 0 for numbers in new.values()):
+        raise Missing(f"Not all of the first {max(even, task)} tasks took units of {name}.")
+    one, other = claim["method"], claim["reference"]
+    at = slice(task - 1, task)
+    return [
+        _within(
+            f"{name}, most new units of tasks 1–{even} over fewest",
+            list(new),
+            [max(numbers[:even]) / min(numbers[:even]) for numbers in new.values()],
+            -np.inf,
+            claim["ratio"],
+            target["significance"],
+        ),
+        _use_within(claim, target, cells, claim["layer"], task, claim["share"], 100),
+        _difference(
+            f"{label(one)} − {label(other)} on task {task}",
+            _means(cells, one, claim["part"], at),
+            _means(cells, other, claim["part"], at),
+            -np.inf,
+            0,
+            target["significance"],
+        ),
+    ]
+
+
+def small_drop(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F5-drop: the cut costs task 1 little, and the later tasks nothing."""
+    mine = _cells(cells, claim["method"])
+    if any(cell.cuts.empty for cell in mine):
+        raise Missing("A record does not tell what the first cut cost.")
+    drops = [float(cell.cuts["best"].iloc[0] - cell.cuts["pruned"].iloc[0]) for cell in mine]
+    return [
+        _within(
+            "Task 1, validation accuracy lost by the cut in points",
+            [cell.seed for cell in mine],
+            drops,
+            -np.inf,
+            claim["drop"],
+            target["significance"],
+        ),
+        *no_forgetting(claim, target, cells),
+    ]
+
+
+def early_layers_stop(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
+    """F5-early: each layer but the last of them stops growing after its task."""
+    parts = []
+    for layer, last in enumerate(claim["last_growth"]):
+        name, new = _new(cells, claim["method"], layer)
+        grown = {
+            seed: max((task + 1 for task, number in enumerate(numbers) if number), default=0)
+            for seed, numbers in new.items()
+        }
+        exact = all(task == last for task in grown.values())
+        shown = ", ".join(map(str, grown.values()))
+        parts.append(
+            Part(
+                n=len(grown),
+                holds=exact,
+                shown=exact,
+                evidence=f"{name}: last task with new units {shown} against {last} "
+                f"({_n(list(grown))}).",
+            )
+        )
+    return parts
+
+
 CHECKS: dict[str, Callable[[Targets, Targets, Sequence[Cell]], list[Part]]] = {
     "T1": accuracy,
     "T1-order": order,
@@ -313,6 +562,15 @@ CHECKS: dict[str, Callable[[Targets, Targets, Sequence[Cell]], list[Part]]] = {
     "F3-second": linear_growth,
     "P-25": lasting,
     "ZERO": no_forgetting,
+    "F4-order": above_on_every_task,
+    "F4-m1": runs_out,
+    "F4-m2": lasts,
+    "F4-full": full_at_once,
+    "F4-ft": fine_tuned,
+    "F5-ten": holds_tasks,
+    "F5-linear": even_then_short,
+    "F5-drop": small_drop,
+    "F5-early": early_layers_stop,
 }
 """How each claim is checked; one without an entry is not measured yet."""
 

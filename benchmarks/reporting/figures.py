@@ -369,3 +369,43 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
             handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
         )
         return _picture(name, caption, frame, figure)
+
+
+def final(frame: pd.DataFrame, name: str, caption: str, part: str) -> Picture:
+    """Draw the accuracy on each task after the last one, as in the paper's Fig. 4a and 5a.
+
+    Parameters
+    ----------
+    frame
+        From `tables.final_frame`.
+    name, caption
+        Of the figure.
+    part
+        "validation" or "test".
+    """
+    methods = sorted(set(frame["method"]), key=rank)
+    tasks = int(frame["task"].max())
+    with _theme():
+        figure = Figure(figsize=(PAGE, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for i, method in enumerate(methods):
+            colour, marker = style(method)
+            mine = frame[frame["method"] == method]
+            # Side by side, so that no method hides another.
+            shift = 0.6 * ((i + 0.5) / len(methods) - 0.5)
+            axes.errorbar(
+                mine["task"] + shift,
+                mine["accuracy"],
+                yerr=mine["sd"] if mine["sd"].notna().all() else None,
+                color=colour,
+                marker=marker,
+                linestyle="none",
+                elinewidth=0.8,
+                label=label(method),
+            )
+        axes.set_xlabel("Task")
+        axes.set_ylabel(f"{part.capitalize()} accuracy (%)")
+        _task_axis(axes, tasks)
+        axes.grid(False, axis="x")
+        figure.legend(loc="outside right center", frameon=False)
+        return _picture(name, caption, frame, figure)

@@ -74,6 +74,10 @@ class Cell:
     hash: str
     test: npt.NDArray[np.float64]
     """R, shape (tasks, tasks): test accuracy (%) on task j after task i; NaN if not measured."""
+    validation: npt.NDArray[np.float64]
+    """Likewise, on validation data."""
+    cuts: pd.DataFrame
+    """Columns task (from 0), best, pruned: validation accuracy (%) before and after the cut."""
     capacity: pd.DataFrame
     """Columns task, layer, used, new, reused, free, used_fraction; no rows without capacity."""
     sufficiency: pd.DataFrame
@@ -126,6 +130,15 @@ def decode(record: dict[str, Any]) -> Cell:
         seed=record["seed"],
         hash=record["hash"],
         test=100 * np.array(record["accuracy"]["test"], dtype=np.float64),
+        validation=100 * np.array(record["accuracy"]["validation"], dtype=np.float64),
+        cuts=pd.DataFrame(
+            [
+                (task, 100 * entry["best_validation"], 100 * entry["pruned_validation"])
+                for task, entry in enumerate(record.get("history", []))
+                if "pruned_validation" in entry
+            ],
+            columns=["task", "best", "pruned"],
+        ),
         capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
         sufficiency=pd.DataFrame(
             [{c: row[c] for c in reads} for row in record.get("sufficiency", [])], columns=reads
@@ -224,6 +237,13 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
         mine = [cell for cell in kept if cell.method == method]
         if len({cell.settings for cell in mine}) > 1:
             notes.append(f"The seeds of {label(method)} ran with different settings or code.")
+    for cell in kept:
+        missing = [str(task + 1) for task in np.flatnonzero(np.isnan(cell.test[-1]))]
+        if missing:
+            notes.append(
+                f"{cell.name}: task{'s' if len(missing) > 1 else ''} {', '.join(missing)} not "
+                "learnt; its means are over the others."
+            )
     for cell in kept:
         over = cell.ablation[cell.ablation["drop"] > cell.ablation["margin"] + ROUNDING]
         if len(over):

@@ -61,7 +61,7 @@ def section(
     pictures: list[Picture] = []
     if cells or beside:
         headline.append(tables.main_table(cells, beside, tunings))
-    if target:
+    if target and "claims" in target:
         headline.append(claims.claims_table(target, cells))
     if cells:
         details = [
@@ -99,19 +99,29 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
             f"Test accuracy after each task; lines: means over seeds, points: seeds. {note}",
         )
     ]
+    if of_tasks := (target or {}).get("final"):
+        pictures.append(
+            figures.final(
+                tables.final_frame(cells, of_tasks["part"]),
+                of_tasks["file"],
+                f"{of_tasks['caption']}; means over seeds and their deviations. {note}",
+                of_tasks["part"],
+            )
+        )
     use = tables.use_frame(cells)
     paper = (target or {}).get("use", {})
     for method in dict.fromkeys(use["method"]):
         mine = use[use["method"] == method].reset_index(drop=True)
         of_paper = paper.get("method") == method
+        shares = paper.get("paper") if of_paper else None
         caption = paper["caption"] if of_paper else "Share of each hidden layer's units in use"
         pictures.append(
             figures.use(
                 mine,
                 paper["file"] if of_paper else f"use_{method}",
                 f"{label(method)}: {caption}. {tables.seeds_note(groups[method])}"
-                + (" Dashed: what the paper's text says of the end." if of_paper else ""),
-                paper["paper"] if of_paper else None,
+                + (" Dashed: what the paper's text says of the end." if shares else ""),
+                shares,
             )
         )
     diagnoses: tuple[tuple[str, Callable[..., Picture], pd.DataFrame, str], ...] = (

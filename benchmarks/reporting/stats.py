@@ -43,8 +43,8 @@ class Paired:
 
 
 def mean_accuracy(matrix: npt.NDArray[np.float64]) -> float:
-    """Return the mean of the last row of R, shape (tasks, tasks)."""
-    return float(matrix[-1].mean())
+    """Return the mean of the last row of R, shape (tasks, tasks), over the tasks learnt."""
+    return float(np.nanmean(matrix[-1]))
 
 
 def backward_transfer(matrix: npt.NDArray[np.float64]) -> float:
@@ -53,11 +53,12 @@ def backward_transfer(matrix: npt.NDArray[np.float64]) -> float:
     Returns
     -------
     float
-        In the unit of R; NaN with one task, or if the diagonal was not measured.
+        In the unit of R, over the tasks that were learnt; NaN with one task, or if the diagonal was
+        not measured.
     """
-    if len(matrix) < 2:
-        return NAN
-    return float((matrix[-1, :-1] - np.diag(matrix)[:-1]).mean())
+    changes = (matrix[-1] - np.diag(matrix))[:-1]
+    learnt = np.isfinite(changes)
+    return float(changes[learnt].mean()) if learnt.any() else NAN
 
 
 def summarise(values: Sequence[float], level: float = 0.95) -> Summary:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.experiment import canonical
@@ -259,12 +260,44 @@ def over_tasks_frame(cells: Sequence[Cell]) -> pd.DataFrame:
                     "method": method,
                     "seed": seed,
                     "after_task": i + 1,
-                    "learnt_tasks": matrix[i, : i + 1].mean(),
+                    "learnt_tasks": _mean_of_learnt(matrix[i, : i + 1]),
                     "first_task": matrix[i, 0],
                 }
                 for i in range(len(matrix))
             ]
     return pd.DataFrame(rows).dropna(subset=["learnt_tasks"]).reset_index(drop=True)
+
+
+def _mean_of_learnt(values: npt.NDArray[np.float64]) -> float:
+    learnt = values[np.isfinite(values)]
+    return float(learnt.mean()) if len(learnt) else float("nan")
+
+
+def final_frame(cells: Sequence[Cell], part: str) -> pd.DataFrame:
+    """Return accuracies on each task after the last one.
+
+    Parameters
+    ----------
+    cells
+        Of one experiment.
+    part
+        "validation" or "test".
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, task (from 1), accuracy: mean over seeds, and sd, both in %; no row where
+        nothing was learnt.
+    """
+    rows = []
+    for method, mine in by_method(cells).items():
+        final = np.array([getattr(cell, part)[-1] for cell in mine])
+        for task in range(final.shape[1]):
+            values = final[:, task]
+            sd = values.std(ddof=1) if len(values) > 1 else np.nan
+            rows.append((method, task + 1, values.mean(), sd))
+    frame = pd.DataFrame(rows, columns=["method", "task", "accuracy", "sd"])
+    return frame.dropna(subset=["accuracy"]).reset_index(drop=True)
 
 
 def use_frame(cells: Sequence[Cell]) -> pd.DataFrame:
