@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,8 @@ class Run:
     """Epochs a task, for all methods."""
     precision: Literal["fp32", "bf16"] | None = None
     """Precision of forward passes; bf16 is autocast to bfloat16."""
+    augment: bool = False
+    """Shift and mirror training images at random (split CIFAR)."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """Settings of methods to change, such as clnp.margin=0.001 clnp.l1=1e-7,1e-5,1e-6."""
     device: str = "auto"
@@ -158,6 +160,10 @@ def experiment_of(options: Run) -> Experiment:
         for name in ("tasks", "epochs", "precision")
         if getattr(options, name) is not None
     }
+    if options.augment:
+        if not any(field.name == "augment" for field in fields(preset)):
+            raise UserError(f"{preset.preset} can't be augmented: --augment is for split CIFAR.")
+        overrides["augment"] = True
     if options.epochs is not None:
         overrides["method_epochs"] = False
     return preset(**overrides, settings=options.settings)

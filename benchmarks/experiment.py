@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from avalanche.benchmarks import CLScenario
 
     from benchmarks.data import Images
+    from benchmarks.scenarios import Augmentation
 
 Precision = Literal["fp32", "bf16"]
 
@@ -132,6 +133,10 @@ class Experiment:
     def model(self) -> torch.nn.Module:
         """Return a new network, drawn from torch's global generator."""
         raise NotImplementedError
+
+    def augmentation(self) -> Augmentation | None:
+        """Return what becomes of training images; None: they stay as they are."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ class Setup:
             evaluator=self.evaluator,
             data_seed=derive(self.seed, "order"),
             precision=self.experiment.precision,
+            augment=self.experiment.augmentation(),
             **arguments,
         )
 

@@ -6,12 +6,13 @@ strategy trains on one task's data (or a subset of it), `ResidentData` hands out
 by index on the device, at a small fraction of a stock loader's cost.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_classes_timeline
 from avalanche.benchmarks.scenarios import with_task_labels
 from avalanche.benchmarks.utils import AvalancheDataset, ConstantSequence, DataAttribute
@@ -112,6 +113,44 @@ class ResidentDataset(Dataset[tuple[Tensor, int]]):
         return x, y, torch.full_like(y, self.task)
 
 
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""Makes a batch of training images another one, with numbers from a CPU generator."""
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Shift each image of a batch at random, and mirror half of them.
+
+    Parameters
+    ----------
+    x
+        (B, C, H, W), on any device, which is not waited for.
+    generator
+        On the CPU.
+    padding
+        Pixels by which an image is shifted at most, in each direction; zeros come in.
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W), in channels-last memory.
+    """
+    count, _, height, width = x.shape
+    drawn = torch.stack(
+        [
+            torch.randint(2 * padding + 1, (count,), generator=generator),
+            torch.randint(2 * padding + 1, (count,), generator=generator),
+            torch.randint(2, (count,), generator=generator),
+        ]
+    ).to(x.device, non_blocking=True)
+    down, right, mirrored = drawn[:, :, None]
+    places = torch.arange(width, device=x.device)
+    rows = down + torch.arange(height, device=x.device)
+    columns = right + torch.where(mirrored == 1, width - 1 - places, places)
+    padded = F.pad(x, (padding,) * 4).permute(0, 2, 3, 1)
+    image = torch.arange(count, device=x.device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 class ResidentLoader:
     """Batches of a resident data set, gathered by index.
 
@@ -128,6 +167,8 @@ class ResidentLoader:
         order of `indices`.
     drop_last
         Leave out a smaller last batch.
+    augment
+        What becomes of each batch; with a generator alone.
     """
 
     def __init__(
@@ -137,6 +178,7 @@ class ResidentLoader:
         batch_size: int,
         generator: torch.Generator | None = None,
         drop_last: bool = False,
+        augment: Augmentation | None = None,
     ) -> None:
         device = dataset.images.device
         self.dataset = dataset
@@ -146,6 +188,7 @@ class ResidentLoader:
         self.batch_size = batch_size
         self.generator = generator
         self.drop_last = drop_last
+        self.augment = augment
         self.labels: Tensor | None = None
         """The task labels of the batch served last."""
 
@@ -162,6 +205,8 @@ class ResidentLoader:
             # A list, as from Avalanche's collate: strategies write into it.
             batch = list(self.dataset.batch(order[start : start + self.batch_size]))
             self.labels = batch[2]
+            if self.augment is not None and self.generator is not None:
+                batch[0] = self.augment(batch[0], self.generator)
             yield batch
 
 
@@ -227,6 +272,8 @@ class JointLoader:
         Each task's data and the (M,) int64 samples of it to serve; None for all.
     batch_size, generator, per_task
         See `plan_epoch`.
+    augment
+        As of `ResidentLoader`.
     """
 
     def __init__(
@@ -235,6 +282,7 @@ class JointLoader:
         batch_size: int,
         generator: torch.Generator | None = None,
         per_task: Sequence[int] | None = None,
+        augment: Augmentation | None = None,
     ) -> None:
         self.datasets = [dataset for dataset, _ in parts]
         self.indices = [
@@ -244,6 +292,7 @@ class JointLoader:
         self.batch_size = batch_size
         self.generator = generator
         self.per_task = per_task
+        self.augment = augment
 
     def _plan(self, generator: torch.Generator | None) -> tuple[list[Tensor], list[list[int]]]:
         sizes = [len(chosen) for chosen in self.indices]
@@ -268,7 +317,10 @@ class JointLoader:
                     chosen = samples[task][done[task] : done[task] + number]
                     parts.append(self.datasets[task].batch(chosen))
                     done[task] += number
-            yield [torch.cat(values) for values in zip(*parts, strict=True)]
+            batch = [torch.cat(values) for values in zip(*parts, strict=True)]
+            if self.augment is not None and self.generator is not None:
+                batch[0] = self.augment(batch[0], self.generator)
+            yield batch
 
 
 class ReplayLoader:
@@ -403,6 +455,8 @@ class ResidentData(SupervisedTemplate):
     per_task
         Samples of each task in a batch, where the data of several tasks are trained at once; None:
         batches of `train_mb_size` drawn from all alike.
+    augment
+        What becomes of batches in training; resident data alone can be augmented.
     **kwargs
         All else goes to the strategy.
 
@@ -418,6 +472,7 @@ class ResidentData(SupervisedTemplate):
         data_seed: int = 0,
         precision: Precision = "fp32",
         per_task: Sequence[int] | None = None,
+        augment: Augmentation | None = None,
         **kwargs: Any,
     ) -> None:
         if precision not in get_args(Precision):
@@ -425,6 +480,7 @@ class ResidentData(SupervisedTemplate):
         self.data_seed = data_seed
         self.precision = precision
         self.per_task = per_task
+        self.augment = augment
         super().__init__(**kwargs)
 
     def make_train_dataloader(
@@ -434,16 +490,21 @@ class ResidentData(SupervisedTemplate):
         view = resident_view(self.adapted_dataset)
         parts = None if view or drop_last else resident_parts(self.adapted_dataset)
         if view is None and parts is None:
+            if self.augment is not None:
+                raise UserError(
+                    "The training data are no longer resident (a plugin or strategy changed them), "
+                    "and only resident data can be augmented: leave out --augment."
+                )
             super().make_train_dataloader(shuffle=shuffle, drop_last=drop_last, **kwargs)
             return
         generator = self._order_generator() if shuffle else None
         size = self.train_mb_size
         loader: ResidentLoader | JointLoader
         if view is not None:
-            loader = ResidentLoader(*view, size, generator, drop_last)
+            loader = ResidentLoader(*view, size, generator, drop_last, self.augment)
         else:
             assert parts is not None
-            loader = JointLoader(parts, size, generator, self.per_task)
+            loader = JointLoader(parts, size, generator, self.per_task, self.augment)
         self.dataloader: Any = loader
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
@@ -491,7 +552,9 @@ class ResidentData(SupervisedTemplate):
         if parts is None or not isinstance(self.dataloader, ResidentLoader):
             return False
         generator = self._order_generator(_Purpose.MEMORY)
-        self.dataloader = ReplayLoader(self.dataloader, JointLoader(parts, batch_size, generator))
+        self.dataloader = ReplayLoader(
+            self.dataloader, JointLoader(parts, batch_size, generator, augment=self.augment)
+        )
         return True
 
     def _order_generator(self, purpose: _Purpose = _Purpose.ORDER) -> torch.Generator:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from avalanche.benchmarks import CLScenario
 
     from benchmarks.data import Images
+    from benchmarks.scenarios import Augmentation
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SplitImages(Experiment):
     """Classes of a task."""
     images: int | None = None
     """Training and validation images of a task, of each class alike; None: all."""
+    augment: bool = False
+    """Whether training images are shifted and mirrored at random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +47,12 @@ class SplitImages(Experiment):
         from benchmarks.scenarios import split
 
         return split(images, self.tasks, seed, self.validation, self.classes, limit=self.images)
+
+    def augmentation(self) -> Augmentation | None:
+        """Return what becomes of training images."""
+        from benchmarks.scenarios import crop_and_flip
+
+        return crop_and_flip if self.augment else None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from benchmarks.methods import METHODS
 from benchmarks.models import MultiHead, PartedHead, narrow, wide
 from benchmarks.quickstart import Quickstart
 from benchmarks.runner import run_cells, trials
-from benchmarks.scenarios import ResidentData, split
+from benchmarks.scenarios import ResidentData, crop_and_flip, split
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
 from clnp import CLNPPlugin
 
@@ -171,6 +171,68 @@ def test_batches_are_in_channels_last_memory(images: Images) -> None:
     learner.train(split(images, 1, 0, 0.1).streams["train"][0], eval_streams=[])
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
     assert all(x.dtype == torch.float32 and x.min() >= 0 and x.max() <= 1 for x in seen)
+
+
+def test_images_are_shifted_and_mirrored() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(1, 1 + 200 * 2 * 5 * 6).view(200, 2, 5, 6).float()
+    y = crop_and_flip(x, generator, padding=1)
+    assert y.shape == x.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    seen = set()
+    for before, after in zip(x, y, strict=True):
+        padded = nn.functional.pad(before, (1, 1, 1, 1))
+        fits = [
+            (down, right, mirrored)
+            for down in range(3)
+            for right in range(3)
+            for mirrored in (False, True)
+            for part in [padded[:, down : down + 5, right : right + 6]]
+            if torch.equal(part.flip(2) if mirrored else part, after)
+        ]
+        assert len(fits) == 1
+        seen.add(fits[0])
+    assert len(seen) == 18
+    again = crop_and_flip(x, torch.Generator().manual_seed(0), padding=1)
+    assert torch.equal(again, y)
+
+
+def test_training_alone_is_augmented(images: Images) -> None:
+    """Evaluation sees the images as they are, and the first order is the same."""
+    train = split(images, 2, 0, 0.1).streams["train"]
+    runs: dict[bool, list[Tensor]] = {}
+    for augment in (False, True):
+        seen: list[Tensor] = []
+
+        class Keep(SupervisedPlugin):
+            def before_forward(self, strategy: Any, **_: Any) -> None:
+                seen.append(strategy.mb_y)  # noqa: B023
+
+            def before_eval_forward(self, strategy: Any, **_: Any) -> None:
+                evaluated.append(strategy.mb_x)  # noqa: B023
+
+        evaluated: list[Tensor] = []
+        learner = strategy(
+            nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
+            Keep(),
+            augment=crop_and_flip if augment else None,
+        )
+        learner.train(train[0], eval_streams=[])
+        learner.eval(train[:1])
+        runs[augment] = [torch.cat(seen)[:32], torch.cat(evaluated)]
+    assert torch.equal(runs[False][0], runs[True][0])
+    assert torch.equal(runs[False][1], runs[True][1])
+
+
+def test_augmentation_is_another_experiment_and_is_used(images: Images, tmp_path: Path) -> None:
+    augmented = dataclasses.replace(NARROW, augment=True)
+    assert augmented.name != NARROW.name
+    records_ = [
+        run(Cell(e, METHODS["finetune"], 0, images.fingerprint), images, tmp_path / e.name)
+        for e in (NARROW, augmented)
+    ]
+    assert records_[0]["config"]["experiment"]["augment"] is False
+    assert records_[1]["config"]["experiment"]["augment"] is True
 
 
 @pytest.mark.parametrize(
