@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from avalanche.benchmarks import CLScenario
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import ToTensor
 
 from benchmarks.cell import Monitor
 from benchmarks.data import Images
@@ -29,11 +32,12 @@ from benchmarks.experiment import Experiment
 from benchmarks.learners import Setup
 from benchmarks.memory import peak_bytes
 from benchmarks.methods import METHODS
-from benchmarks.models import mlp, resnet18
+from benchmarks.models import mlp, narrow, resnet18
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.precision import bf16, bf16_kernels
 from benchmarks.process import tune
 from benchmarks.scenarios import ResidentLoader, resident_view
+from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWideReduced
 from benchmarks.tracking import Tracker, View
 from clnp import LogitDrift
 from clnp.compact import compact, report
@@ -201,6 +205,85 @@ class StepTurns(SupervisedPlugin):
     def ratio(self) -> float:
         """Return the median of strategy / bare over the last epoch."""
         return statistics.median([ours / bare for ours, bare in self.rounds[WARM_UP:]])
+
+
+def made_photographs(count: int) -> Images:
+    """Images of CIFAR-10's shape, in channels-last memory as `benchmarks.data` gives them.
+
+    Parameters
+    ----------
+    count
+        Number of training images.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, 32, 32, 3)
+    x = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+    y = torch.arange(count) % 10
+    return Images("made", x, y, x[:100], y[:100], fingerprint="", classes=10)
+
+
+def plain_throughput(images: Images, batch_size: int, device: torch.device) -> Callable[[], float]:
+    """Build the loop that one writes first, on the narrow network; calling it runs one epoch.
+
+    Each image through PIL and torchvision's ToTensor, float32, an Adam that isn't fused.
+
+    Returns
+    -------
+    callable
+        Gives the seconds that the epoch took.
+    """
+    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images.train_x.cpu()]
+    labels, transform = images.train_y.tolist(), ToTensor()
+    samples: Any = [*zip(pictures, labels, strict=True)]
+
+    def collate(batch: list[tuple[Image.Image, int]]) -> tuple[Tensor, Tensor]:
+        return torch.stack([transform(x) for x, _ in batch]), torch.tensor([y for _, y in batch])
+
+    loader = DataLoader(samples, batch_size, shuffle=True, collate_fn=collate)
+    body, features = narrow()
+    model = nn.Sequential(body, nn.Linear(features, 10)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, foreach=False, fused=False)
+
+    def epoch() -> float:
+        began = time.perf_counter()
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+        _wait(device)
+        return time.perf_counter() - began
+
+    return epoch
+
+
+def throughput(images: Images, device: torch.device) -> float:
+    """Return how many times more images a second the narrow network's cell trains than plainly."""
+    experiment = SplitCIFAR(tasks=1, epochs=4, method_epochs=False)
+    scenario = experiment.scenario(images, seed=0)
+    plain = plain_throughput(images, experiment.batch_size, device)
+    turns = TakeTurns(plain)
+    evaluator = EvaluationPlugin(loggers=[])
+    setup = Setup(experiment, scenario, 0, device, evaluator, [Monitor(lambda event: None), turns])
+    learner = METHODS["finetune"].build(setup, METHODS["finetune"].settings_for(experiment))
+    learner.train(scenario.streams["train"][0])
+    trained = len(scenario.streams["train"][0].dataset)
+    # As many seconds an image: the plain loop has the validation images too.
+    return trained / len(images.train_x) / turns.ratios()[0]
+
+
+def wide_step_ratio(images: Images, device: torch.device) -> float:
+    """Measure CLNP's training step on an eighth of the wide network against a bare one."""
+    experiment = SplitCIFARWideReduced(
+        tasks=1, epochs=1, method_epochs=False, batch_size=64, images=None
+    )
+    scenario = experiment.scenario(images, seed=0)
+    x, y, _ = next(iter(_loader(scenario, experiment)))
+    torch.manual_seed(0)
+    turns = StepTurns(plain_step(experiment.model().to(device), x, y))
+    setup = Setup(experiment, scenario, 0, device, EvaluationPlugin(loggers=[]), [turns])
+    learner = METHODS["clnp_m2"].build(setup, METHODS["clnp_m2"].settings_for(experiment))
+    learner.train(scenario.streams["train"][0])
+    return turns.ratio()
 
 
 def step_ratios(names: Sequence[str], images: Images, device: torch.device) -> dict[str, float]:
@@ -454,8 +537,8 @@ def main() -> None:
     wide_plain, wide_tuned = epoch_ratios(wide, images, device)
     print(Row("epoch, 784-2000-2000-10, CLNP's cell / bare loop", wide_tuned, 1.10))
     print(Row("  the bare loop without the cell's process settings", wide_plain))
-    narrow = replace(wide, epochs=20, hidden=(8, 8))
-    narrow_plain, narrow_tuned = epoch_ratios(narrow, images, device)
+    slim = replace(wide, epochs=20, hidden=(8, 8))
+    narrow_plain, narrow_tuned = epoch_ratios(slim, images, device)
     print(Row("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5))
     print(Row("  the bare loop without the cell's process settings", narrow_plain))
 
@@ -463,14 +546,23 @@ def main() -> None:
     for name, ratio in step_ratios(tuple(bounds), images, device).items():
         print(Row(f"step, 784-2000-2000-10, {name} / finetune", ratio, bounds[name]))
 
+    pictures = made_photographs(2048)
+    pictures = replace(
+        pictures, train_x=pictures.train_x.to(device), train_y=pictures.train_y.to(device)
+    )
+    ratio = throughput(pictures, device)
+    print(Row("images a second, narrow network, cell / plain fp32 loop", ratio, 2.3, "at least"))
+    ratio = wide_step_ratio(pictures, device)
+    print(Row("step, an eighth of the wide network, CLNP / bare", ratio, 1.1))
+
     def network() -> nn.Module:
         return mlp(784, (2000, 2000), 10)
 
     x, y = torch.rand(256, 784, device=device), torch.arange(256, device=device) % 10
     ratio = frozen_ratio(network, x, y, rounds=45)
     print(Row("step, half of each layer frozen / empty network", ratio, 0.7))
-    pictures, labels = torch.rand(64, 3, 32, 32, device=device), y[:64]
-    ratio = frozen_ratio(lambda: resnet18(10), pictures, labels, rounds=11)
+    batch, labels = torch.rand(64, 3, 32, 32, device=device), y[:64]
+    ratio = frozen_ratio(lambda: resnet18(10), batch, labels, rounds=11)
     print(Row("step, ResNet-18, half of each group frozen / empty", ratio, 0.75))
     used = {"fc1": 300, "fc2": 120}  # 15 % and 6 %
     ratio = scoring_ratio(network, used, torch.rand(1000, 784, device=device))
