@@ -363,6 +363,7 @@ def run(
         if shared is not None and task == 0:
             # A training that another cell has paid for counts in each, as if each were alone.
             began -= shared.saved
+            git = {**git, "dirty": git["dirty"] or shared.dirty}
         train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
             accuracy[name].append(measure(learner.strategy, stream, learner.learnt(task + 1)))

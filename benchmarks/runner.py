@@ -241,7 +241,7 @@ def run_cells(
         with View(len(todo)) as view:
             for place, cell in enumerate(todo):
                 first = first_state(cell, runs) if share_first else None
-                shared = trials(cell, [*todo[:place], *todo[place + 1 :]], runs)
+                shared = trials(cell, [*todo[:place], *todo[place + 1 :]], runs, git["dirty"])
                 tracker = Tracker(cell.run_dir(runs), wandb, view)
                 options = (tracker, first, shared, lost)
                 error = _run_one(cell, images, device, git, runs, keep, *options)
@@ -269,12 +269,12 @@ def first_state(cell: Cell, runs: Path) -> Path:
     return cell.run_dir(runs).with_name(f"first-seed{cell.seed}-{cell.first_hash[:8]}.pt")
 
 
-def trials(cell: Cell, others: Sequence[Cell], runs: Path) -> SharedTrials | None:
+def trials(cell: Cell, others: Sequence[Cell], runs: Path, dirty: bool) -> SharedTrials | None:
     """Return who trains a cell's first task if others share that training, else None."""
     if cell.trained_hash is None:
         return None
     path = runs / "shared" / f"seed{cell.seed}-{cell.trained_hash[:8]}.pt"
-    shared = SharedTrials(path, cell.trained_hash)
+    shared = SharedTrials(path, cell.trained_hash, dirty)
     return shared if shares(cell, others) or shared.files() else None
 
 

@@ -24,11 +24,15 @@ class SharedTrials(Executor):
         The file of the first candidate; those of others have its number.
     hash_
         Names the training; see `Cell.trained_hash`.
+    dirty
+        Whether the code has uncommitted changes.
     """
 
-    def __init__(self, path: Path, hash_: str) -> None:
+    def __init__(self, path: Path, hash_: str, dirty: bool) -> None:
         self.path = path
         self.hash = hash_
+        self.dirty = dirty
+        """Whether this code has uncommitted changes, or that which trained what was on file."""
         self.saved = 0.0
         """Seconds that the trainings found on file had taken."""
 
@@ -39,16 +43,19 @@ class SharedTrials(Executor):
         for candidate in grid:
             path = self.path.with_name(f"{self.path.stem}-{candidate.index}{self.path.suffix}")
             try:
-                trial = unpack(load_state(path, self.hash)["trial"])
+                state = load_state(path, self.hash)
+                trial = unpack(state["trial"])
             except (OSError, ValueError):  # none there, or none to be trusted: train
                 pass
             else:
                 self.saved += trial.seconds
+                self.dirty = self.dirty or state["dirty"]
                 yield trial
                 continue
             trial = function(candidate)
             if trial.outcome is not None:
-                save_state(path, {"format": FORMAT, "hash": self.hash, "trial": pack(trial)})
+                state = {"format": FORMAT, "hash": self.hash, "dirty": self.dirty}
+                save_state(path, state | {"trial": pack(trial)})
             yield trial
 
     def files(self) -> list[Path]:

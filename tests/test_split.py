@@ -496,7 +496,7 @@ def test_variants_share_the_first_tasks_training(tmp_path: Path) -> None:
 
 def test_a_damaged_training_is_not_used(images: Images, tmp_path: Path) -> None:
     cells_ = [Cell(NARROW, METHODS[name], 0, images.fingerprint) for name in VARIANTS[:2]]
-    shared = trials(cells_[0], cells_, tmp_path)
+    shared = trials(cells_[0], cells_, tmp_path, dirty=False)
     assert shared is not None
     options = images, torch.device("cpu")
     whole = cells.run(cells_[0], *options, tmp_path / "a", GIT, lambda _: None, shared=shared)
@@ -514,6 +514,20 @@ def test_a_damaged_training_is_not_used(images: Images, tmp_path: Path) -> None:
     assert again["accuracy"] == whole["accuracy"]
     shared.forget()
     assert shared.files() == []
+
+
+def test_a_training_by_uncommitted_code_marks_all_that_use_it(
+    images: Images, tmp_path: Path
+) -> None:
+    first, second = (Cell(NARROW, METHODS[name], 0, images.fingerprint) for name in VARIANTS[:2])
+    options = images, torch.device("cpu")
+    clean = {"commit": "0" * 40, "dirty": False}
+    dirty = trials(first, [second], tmp_path, dirty=True)
+    cells.run(first, *options, tmp_path / "a", GIT, lambda _: None, shared=dirty)
+    shared = trials(second, [], tmp_path, dirty=False)
+    assert shared is not None
+    record = cells.run(second, *options, tmp_path / "b", clean, lambda _: None, shared=shared)
+    assert record["git"]["dirty"] is True
 
 
 def test_only_trainings_that_are_the_same_are_shared(images: Images) -> None:
