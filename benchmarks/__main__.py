@@ -41,6 +41,8 @@ class Run:
     """Epochs a task, for all methods."""
     precision: Literal["fp32", "bf16"] | None = None
     """Precision of forward passes; bf16 is autocast to bfloat16."""
+    validation: float | None = None
+    """Held-out training data: images of permuted MNIST, the share of each class of split CIFAR."""
     augment: bool = False
     """Shift and mirror training images at random (split CIFAR)."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
@@ -160,6 +162,13 @@ def experiment_of(options: Run) -> Experiment:
         for name in ("tasks", "epochs", "precision")
         if getattr(options, name) is not None
     }
+    if options.validation is not None:
+        whole = isinstance(next(f.default for f in fields(preset) if f.name == "validation"), int)
+        if whole and not options.validation.is_integer():
+            raise UserError(
+                f"--validation {options.validation}: {preset.preset} takes a number of images."
+            )
+        overrides["validation"] = int(options.validation) if whole else options.validation
     if options.augment:
         if not any(field.name == "augment" for field in fields(preset)):
             raise UserError(f"{preset.preset} can't be augmented: --augment is for split CIFAR.")

@@ -398,6 +398,8 @@ def run(
 
     # A method that learns all at once is never seen to drift.
     drifts = drift.drift() if learner.learnt(1) else {}
+    if "validation" not in accuracy:
+        accuracy["validation"] = [[None] * len(matrix) for matrix in accuracy["test"]]
     record = {
         "experiment": cell.experiment.name,
         "method": cell.method.name,

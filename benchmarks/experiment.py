@@ -145,7 +145,7 @@ class PermutedImages(Experiment):
 
     dataset: str = "mnist"
     validation: int = 10_000
-    """Training images held out for validation, the same in each task."""
+    """Training images held out for validation, the same in each task; 0: none."""
     inputs: int = 784
     """Pixels of an image."""
     hidden: tuple[int, ...] = (2000, 2000)
@@ -155,7 +155,8 @@ class PermutedImages(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_counts("validation")
+        if self.validation < 0:
+            raise UserError(f"{self.preset}: validation is {self.validation}; it is at least 0.")
 
     def scenario(self, images: Images, seed: int) -> CLScenario:
         """Return the task stream that belongs to `seed`."""

@@ -198,6 +198,10 @@ class CLNPLearner(Learner):
 
 
 def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
+    if "valid" not in setup.scenario.streams:
+        raise UserError(
+            "CLNP cuts within a margin of validation accuracy: --validation is above 0."
+        )
     plugin = CLNPPlugin(
         margin=settings.margin,
         l1=_alphas(settings.l1),

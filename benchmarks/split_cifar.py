@@ -22,7 +22,7 @@ class SplitImages(Experiment):
 
     dataset: str = "cifar10+cifar100"
     validation: float = 0.1
-    """Share of each class's training images held out for validation."""
+    """Share of each class's training images held out for validation; 0: none."""
     classes: int = 10
     """Classes of a task."""
     images: int | None = None
@@ -33,9 +33,10 @@ class SplitImages(Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts("classes")
-        if not 0 < self.validation < 1:
+        if not 0 <= self.validation < 1:
             raise UserError(
-                f"{self.preset}: validation is {self.validation}; it must be between 0 and 1."
+                f"{self.preset}: validation is {self.validation}; it is a share, at least 0 and "
+                "below 1."
             )
         if self.images is not None and self.images < 10 * self.classes:
             raise UserError(

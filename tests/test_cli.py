@@ -15,7 +15,8 @@ import pytest
 
 import benchmarks.cell
 from benchmarks import runner
-from benchmarks.__main__ import Run, main
+from benchmarks.__main__ import Run, experiment_of, main
+from benchmarks.errors import UserError
 from benchmarks.methods import METHODS
 from benchmarks.tracking import Tracker
 
@@ -345,3 +346,29 @@ def test_methods_of_the_presets_exist() -> None:
 
     for preset in experiments().values():
         assert set(preset.methods) <= set(METHODS)
+
+
+# --- options that make another experiment ---------------------------------------------------------
+
+
+def test_options_reach_the_fields_of_the_experiment() -> None:
+    split = experiment_of(Run("split_cifar", validation=0.2, augment=True))
+    assert (vars(split)["validation"], vars(split)["augment"]) == (0.2, True)
+    permuted = experiment_of(Run("pmnist", validation=0.0))
+    assert vars(permuted)["validation"] == 0
+    assert isinstance(vars(permuted)["validation"], int)
+    assert len({split.name, permuted.name, "split_cifar", "pmnist"}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"experiment": "pmnist", "validation": 0.5}, "number of images"),
+        ({"experiment": "pmnist", "validation": -1.0}, "at least 0"),
+        ({"experiment": "split_cifar", "validation": 1.0}, "below 1"),
+        ({"experiment": "pmnist", "augment": True}, "--augment is for split CIFAR"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        experiment_of(Run(**options))

@@ -23,6 +23,7 @@ from benchmarks.learners import Setup
 from benchmarks.methods import METHODS
 from benchmarks.models import MultiHead, PartedHead, narrow, wide
 from benchmarks.quickstart import Quickstart
+from benchmarks.reporting.load import decode
 from benchmarks.runner import run_cells, trials
 from benchmarks.scenarios import ResidentData, crop_and_flip, split
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
@@ -238,7 +239,7 @@ def test_augmentation_is_another_experiment_and_is_used(images: Images, tmp_path
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"validation": 0.0}, "validation"),
+        ({"validation": -0.1}, "validation"),
         ({"validation": 1.0}, "validation"),
         ({"pool": 4}, "pool"),
         ({"classes": 0}, "classes"),
@@ -440,6 +441,21 @@ def test_a_cell_of_each_method_goes_on_bit_for_bit(
         for candidate in record["search"]:
             del candidate["train_seconds"], candidate["scan_seconds"]
     assert whole == resumed
+
+
+def test_without_validation_data_all_images_train(images: Images, tmp_path: Path) -> None:
+    """As SI's authors train; the record says that nothing was held out."""
+    experiment = dataclasses.replace(NARROW, validation=0.0)
+    assert experiment.name != NARROW.name
+    train = experiment.scenario(images, 0).streams["train"]
+    assert [len(e.dataset) for e in train] == [200, 150]
+    record = run(Cell(experiment, METHODS["si"], 0, images.fingerprint), images, tmp_path)
+    assert records.problem(record) is None
+    assert record["accuracy"]["validation"] == [[None, None]] * 2
+    assert decode(record).test.shape == (2, 2)
+    clnp = Cell(experiment, METHODS["clnp_m2"], 0, images.fingerprint)
+    with pytest.raises(UserError, match="validation"):
+        run(clnp, images, tmp_path / "clnp")
 
 
 VARIANTS = ("clnp_m1", "clnp_m2", "clnp_m4_ft")
