@@ -23,6 +23,7 @@ from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
 
@@ -269,6 +270,29 @@ def throughput(images: Images, device: torch.device) -> float:
     trained = len(scenario.streams["train"][0].dataset)
     # As many seconds an image: the plain loop has the validation images too.
     return trained / len(images.train_x) / turns.ratios()[0]
+
+
+def profile(images: Images, device: torch.device, rows: int = 10) -> list[tuple[str, float]]:
+    """Tell where the time of the narrow network's training goes.
+
+    Returns
+    -------
+    list of (str, float)
+        The operations that take most time by themselves, and the share of all that each takes.
+    """
+    experiment = SplitCIFAR(tasks=1, epochs=1, method_epochs=False)
+    scenario = experiment.scenario(images, seed=0)
+    setup = Setup(experiment, scenario, 0, device, EvaluationPlugin(loggers=[]))
+    learner = METHODS["finetune"].build(setup, METHODS["finetune"].settings_for(experiment))
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiled:
+        learner.train(scenario.streams["train"][0])
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {event.key: float(getattr(event, attribute)) for event in profiled.key_averages()}
+    total = sum(times.values())
+    most = sorted(times.items(), key=lambda item: -item[1])[:rows]
+    return [(name, seconds / total) for name, seconds in most]
 
 
 def wide_step_ratio(images: Images, device: torch.device) -> float:
@@ -552,6 +576,8 @@ def main() -> None:
     )
     ratio = throughput(pictures, device)
     print(Row("images a second, narrow network, cell / plain fp32 loop", ratio, 2.3, "at least"))
+    for operation, share in profile(pictures, device):
+        print(Row(f"  share of its time: {operation}", share))
     ratio = wide_step_ratio(pictures, device)
     print(Row("step, an eighth of the wide network, CLNP / bare", ratio, 1.1))
 
