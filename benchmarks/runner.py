@@ -6,6 +6,7 @@ import signal
 import subprocess
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical
+from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS
 from benchmarks.process import tune
 from benchmarks.shared import SharedTrials
@@ -189,6 +191,7 @@ def run_grid(
         places.runs,
         lambda cell, record: records.write(cell.record_path(places.records), record),
         wandb,
+        recorded=lambda cell: not force and recorded(cell, places),
     )
 
 
@@ -202,8 +205,12 @@ def run_cells(
     wandb: Mode = "disabled",
     share_first: bool = False,
     lost: Callable[[Cell, Exception], None] | None = None,
+    recorded: Callable[[Cell], bool] = lambda cell: False,
 ) -> int:
     """Run cells of one experiment, one after another, and keep each record as it comes.
+
+    Another process may run the same cells: what it runs at the moment is left to it, what it has
+    recorded since is not run again.
 
     Parameters
     ----------
@@ -225,6 +232,8 @@ def run_cells(
         Whether cells with the same `Cell.first_hash` train their first task once.
     lost
         Told of each cell that fails, and why.
+    recorded
+        Tells whether a cell has a record by now.
 
     Returns
     -------
@@ -235,11 +244,19 @@ def run_cells(
         return 0
     if (threads := todo[0].experiment.threads) is not None:
         torch.set_num_threads(threads)
-    failed = []
+    failed, elsewhere = [], []
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with View(len(todo)) as view:
+        with View(len(todo)) as view, ExitStack() as claims:
             for place, cell in enumerate(todo):
+                folder = cell.run_dir(runs)
+                mine = claims.enter_context(claimed(folder))
+                if not mine:
+                    elsewhere.append(f"{cell.name} ({named(folder)})")
+                if not mine or recorded(cell):
+                    view.count()
+                    claims.close()
+                    continue
                 first = first_state(cell, runs) if share_first else None
                 shared = trials(cell, [*todo[:place], *todo[place + 1 :]], runs, git["dirty"])
                 tracker = Tracker(cell.run_dir(runs), wandb, view)
@@ -251,6 +268,7 @@ def run_cells(
                     failed.append(error)
                 elif first and first not in (first_state(c, runs) for c in todo[place + 1 :]):
                     first.unlink(missing_ok=True)
+                claims.close()
     except KeyboardInterrupt as stop:
         print(
             f"Stopped in {cell.name}. Finished cells are recorded, and the finished tasks of this "
@@ -259,6 +277,8 @@ def run_cells(
         return 143 if isinstance(stop, Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    if elsewhere:
+        print(f"{len(elsewhere)} of {len(todo)} cells run elsewhere:", *elsewhere, sep="\n  ")
     if failed:
         print(f"{len(failed)} of {len(todo)} cells failed:", *failed, sep="\n  ")
     return 1 if failed else 0

@@ -66,6 +66,11 @@ class View:
         """Take the bars down."""
         self.progress.stop()
 
+    def count(self) -> None:
+        """Count a cell that has ended, or isn't run after all."""
+        done = self.progress.tasks[0].completed + 1
+        self.progress.update(self._grid, completed=done, detail=f"{done:.0f}/{self._cells}")
+
     def line(self, text: str) -> None:
         """Print a line above the bars."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -100,8 +105,7 @@ class View:
                 if self._cell is not None:
                     self.progress.remove_task(self._cell)
                     self._cell = None
-                done = self.progress.tasks[0].completed + 1
-                self.progress.update(self._grid, completed=done, detail=f"{done:.0f}/{self._cells}")
+                self.count()
                 if event["event"] == "failed":
                     self.line(f"{event['cell']} failed: {event['error']}")
 

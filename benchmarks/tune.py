@@ -21,6 +21,7 @@ from benchmarks.cell import Cell, environment
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical, changed
 from benchmarks.learners import Settings
+from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
@@ -172,7 +173,12 @@ def run(
     if git["dirty"]:
         print("The code has uncommitted changes; the result will say so.")
     todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
-    code = run_cells(todo, images, device, git, runs / "tuning", keep, share_first=True, lost=lost)
+    folder = runs / "tuning"
+    with claimed(folder / asked.experiment.name / asked.method.name) as mine:
+        if not mine:
+            where = folder / asked.experiment.name / asked.method.name
+            raise UserError(f"{asked.method.name} is being tuned already, by {named(where)}.")
+        code = run_cells(todo, images, device, git, folder, keep, share_first=True, lost=lost)
     if code == 0:
         records.write_tuning(path, result())
     return code, result()
