@@ -1,4 +1,4 @@
-"""The command line, ``python -m benchmarks run|tune|report|prepare|speed``: a dispatcher.
+"""The command line, ``python -m benchmarks run|tune|report|prepare|status|...``: a dispatcher.
 
 What is heavy is imported only by the command that needs it, so that --help answers at once.
 """
@@ -116,6 +116,36 @@ class Prepare:
 
 
 @dataclass(frozen=True)
+class Status:
+    """Tell of each cell of an experiment: recorded, running, failed, stopped or missing."""
+
+    experiment: tyro.conf.Positional[str]
+    """Name of the experiment, as of `run`."""
+    methods: tuple[str, ...] = ()
+    """Names of the methods. (default: the experiment's own)"""
+    seeds: tuple[int, ...] = ()
+    """The seeds. (default: the experiment's own)"""
+    records_dir: Path = Path("reports/records")
+    """Folder of the records."""
+    runs_dir: Path = Path("runs")
+    """Folder of logs and the state of unfinished cells."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check environment, devices, data, folders and records; tell what is wrong and what to do."""
+
+    data_dir: Path | None = None
+    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
+    records_dir: Path = Path("reports/records")
+    """Folder of the records."""
+    tuning_dir: Path = Path("reports/tuning")
+    """Folder of the results of grids."""
+    runs_dir: Path = Path("runs")
+    """Folder of logs and the state of unfinished cells."""
+
+
+@dataclass(frozen=True)
 class Speed:
     """Measure what the harness and the method cost next to a bare training loop."""
 
@@ -125,6 +155,8 @@ Command = (
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Speed, tyro.conf.subcommand("speed")]
 )
 
@@ -242,6 +274,48 @@ def prepare(options: Prepare) -> int:
     return 0
 
 
+def status(options: Status) -> int:
+    """Print where each cell of a grid stands."""
+    import dataclasses
+
+    from benchmarks import data
+    from benchmarks import status as states
+    from benchmarks.runner import Places, plan
+
+    experiment = experiment_of(Run(options.experiment))
+    grid = plan(
+        experiment,
+        options.methods or experiment.methods,
+        options.seeds or experiment.seeds,
+    )
+    content = data.content(experiment.dataset)
+    grid = [dataclasses.replace(cell, fingerprint=content) for cell in grid]
+    print(states.table(grid, Places(options.records_dir, options.runs_dir))[0])
+    return 0
+
+
+def doctor(options: Doctor) -> int:
+    """Print what the checks have found."""
+    from benchmarks import data
+    from benchmarks import doctor as checks
+    from benchmarks.runner import ROOT
+
+    presets = experiments()
+    names = sorted({n for p in presets.values() for n in p.dataset.split("+")})
+    findings = [
+        *checks.environment(ROOT / "constraints.txt"),
+        *checks.devices(),
+        *checks.code(),
+        *checks.disk([options.records_dir, options.runs_dir]),
+        *checks.data_sets(names, options.data_dir),
+        *checks.kept(options.records_dir, presets, data.content),
+        *checks.tuned(options.tuning_dir),
+    ]
+    for finding in findings:
+        print(f"{finding.word:8} {finding.text}")
+    return int(any(finding.word == "wrong" for finding in findings))
+
+
 def speed() -> int:
     """Print the ratios."""
     from benchmarks import speed
@@ -282,6 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return report(options)
             case Prepare():
                 return prepare(options)
+            case Status():
+                return status(options)
+            case Doctor():
+                return doctor(options)
             case _:
                 return speed()
     except UserError as error:

@@ -89,6 +89,10 @@ def fingerprint(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> str:
     return f"{sum(int.from_bytes(d, 'big') for d in digests) % 2**256:064x}"
 
 
+class MissingData(UserError):
+    """A data set is not there."""
+
+
 def resolve_data_dir(data_dir: Path | None = None) -> Path:
     """Return the data folder: the one given, else the environment's CLNP_DATA, else ./data.
 
@@ -192,6 +196,37 @@ def prepare(names: Iterable[str], data_dir: Path | None = None, download: bool =
         print(f"{name}: ready in {folder}")
 
 
+def check(name: str, data_dir: Path | None = None) -> None:
+    """Make sure that a data set is in the data folder and is the original one.
+
+    Raises
+    ------
+    MissingData
+        It is not there.
+    UserError
+        Unknown name; damaged files.
+    """
+    if name != "digits":
+        source, folder = _source(name), resolve_data_dir(data_dir)
+        for part in source.fingerprints:
+            _part(source, folder, part, download=False)
+
+
+def content(name: str) -> str:
+    """Return the fingerprint that `load` gives a data set, without looking at the data.
+
+    Raises
+    ------
+    UserError
+        Unknown name.
+    """
+    if "+" in name:
+        return _joint(content(part) for part in name.split("+"))
+    if name == "digits":
+        return _digits("cpu", test=False).fingerprint
+    return _joint(_source(name).fingerprints.values())
+
+
 # --- one part of one data set: cache, files, download ---------------------------------------------
 
 
@@ -248,8 +283,8 @@ def _read(source: _Source, folder: Path, part: Part) -> Arrays | None:
         ) from error
 
 
-def _missing(source: _Source, folder: Path, reason: str) -> UserError:
-    return UserError(
+def _missing(source: _Source, folder: Path, reason: str) -> MissingData:
+    return MissingData(
         f"{source.name} is not in {folder} (looked for {source.files}){reason}. Run "
         f"`nox -s prepare` on a machine with network access, or name the folder that has these "
         f"files with --data-dir or CLNP_DATA."
