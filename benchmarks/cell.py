@@ -363,6 +363,7 @@ def run(
         if shared is not None and task == 0:
             # A training that another cell has paid for counts in each, as if each were alone.
             began -= shared.saved
+            started -= shared.saved
             git = {**git, "dirty": git["dirty"] or shared.dirty}
         train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
@@ -390,7 +391,7 @@ def run(
                 "capacity": [row for row in learner.capacity() if row["task"] == task],
                 "sufficiency": [row for row in learner.sufficiency() if row["task"] == task],
                 "reused_ablation": next(
-                    (entry.get("reused_ablation") for entry in learner.history()[-1:]), None
+                    (entry.get("reused_ablation") for entry in learner.history()[task:]), None
                 ),
                 "seconds": seconds[-1],
             }

@@ -245,6 +245,7 @@ def run_cells(
     if (threads := todo[0].experiment.threads) is not None:
         torch.set_num_threads(threads)
     failed, elsewhere = [], []
+    unfinished: set[str | None] = set()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         with View(len(todo)) as view, ExitStack() as claims:
@@ -253,22 +254,28 @@ def run_cells(
                 mine = claims.enter_context(claimed(folder))
                 if not mine:
                     elsewhere.append(f"{cell.name} ({named(folder)})")
+                    unfinished.add(cell.trained_hash)
                 if not mine or recorded(cell):
                     view.count()
                     claims.close()
                     continue
                 first = first_state(cell, runs) if share_first else None
-                shared = trials(cell, [*todo[:place], *todo[place + 1 :]], runs, git["dirty"])
+                others = [*todo[:place], *todo[place + 1 :]]
+                shared = trials(cell, others, runs, git, device)
                 tracker = Tracker(cell.run_dir(runs), wandb, view)
                 options = (tracker, first, shared, lost)
                 error = _run_one(cell, images, device, git, runs, keep, *options)
-                if shared and not shares(cell, todo[place + 1 :]):
-                    shared.forget()
                 if error:
                     failed.append(error)
+                    unfinished.add(cell.trained_hash)
                 elif first and first not in (first_state(c, runs) for c in todo[place + 1 :]):
                     first.unlink(missing_ok=True)
                 claims.close()
+        for cell in todo:
+            if cell.trained_hash not in unfinished and (
+                shared := trials(cell, [], runs, git, device)
+            ):
+                shared.forget()
     except KeyboardInterrupt as stop:
         print(
             f"Stopped in {cell.name}. Finished cells are recorded, and the finished tasks of this "
@@ -289,12 +296,14 @@ def first_state(cell: Cell, runs: Path) -> Path:
     return cell.run_dir(runs).with_name(f"first-seed{cell.seed}-{cell.first_hash[:8]}.pt")
 
 
-def trials(cell: Cell, others: Sequence[Cell], runs: Path, dirty: bool) -> SharedTrials | None:
+def trials(
+    cell: Cell, others: Sequence[Cell], runs: Path, git: dict[str, Any], device: torch.device
+) -> SharedTrials | None:
     """Return who trains a cell's first task if others share that training, else None."""
     if cell.trained_hash is None:
         return None
     path = runs / "shared" / f"seed{cell.seed}-{cell.trained_hash[:8]}.pt"
-    shared = SharedTrials(path, cell.trained_hash, dirty)
+    shared = SharedTrials(path, cell.trained_hash, git, device)
     return shared if shares(cell, others) or shared.files() else None
 
 

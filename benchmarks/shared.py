@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.cell import FORMAT, load_state, save_state
 from clnp.plugin import Outcome
@@ -24,14 +25,17 @@ class SharedTrials(Executor):
         The file of the first candidate; those of others have its number.
     hash_
         Names the training; see `Cell.trained_hash`.
-    dirty
-        Whether the code has uncommitted changes.
+    git
+        Commit and cleanness of the code; trainings of another commit are not used.
+    device
+        Where to train; trainings on another kind of device are not used.
     """
 
-    def __init__(self, path: Path, hash_: str, dirty: bool) -> None:
+    def __init__(self, path: Path, hash_: str, git: dict[str, Any], device: torch.device) -> None:
         self.path = path
         self.hash = hash_
-        self.dirty = dirty
+        self.made = {"commit": git["commit"], "device": device.type}
+        self.dirty = bool(git["dirty"])
         """Whether this code has uncommitted changes, or that which trained what was on file."""
         self.saved = 0.0
         """Seconds that the trainings found on file had taken."""
@@ -44,17 +48,24 @@ class SharedTrials(Executor):
             path = self.path.with_name(f"{self.path.stem}-{candidate.index}{self.path.suffix}")
             try:
                 state = load_state(path, self.hash)
-                trial = unpack(state["trial"])
-            except (OSError, ValueError):  # none there, or none to be trusted: train
+                if state["made"] != self.made:
+                    raise ValueError("it was trained by other code, or elsewhere")
+                trial, dirty = unpack(state["trial"]), bool(state["dirty"])
+            except (OSError, ValueError, KeyError):  # none there, or none to be trusted: train
                 pass
             else:
                 self.saved += trial.seconds
-                self.dirty = self.dirty or state["dirty"]
+                self.dirty = self.dirty or dirty
                 yield trial
                 continue
             trial = function(candidate)
             if trial.outcome is not None:
-                state = {"format": FORMAT, "hash": self.hash, "dirty": self.dirty}
+                state = {
+                    "format": FORMAT,
+                    "hash": self.hash,
+                    "made": self.made,
+                    "dirty": self.dirty,
+                }
                 save_state(path, state | {"trial": pack(trial)})
             yield trial
 

@@ -51,7 +51,18 @@ def verdict(identity: str, target: dict[str, Any], cells: list[load.Cell]) -> cl
 
 def seeds(method: str, accuracy: list[float], use: Any = None, count: int = 3) -> list[load.Cell]:
     """Cells whose values differ a little by seed."""
-    return [cell(method, [a + 0.1 * s for a in accuracy], use, s) for s in range(count)]
+    return [
+        cell(
+            method,
+            [a + 0.1 * s for a in accuracy],
+            {
+                layer: [share - 0.001 * s for share in shares]
+                for layer, shares in (use or {}).items()
+            },
+            s,
+        )
+        for s in range(count)
+    ]
 
 
 SI = [73.0, 74, 75, 76, 74, 77]
@@ -152,6 +163,43 @@ def test_even_growth_then_little_room() -> None:
     assert verdict("F5-linear", WIDE, one).word == "partly consistent (n = 1)"
 
 
+@pytest.mark.parametrize(
+    ("learnt", "tasks", "word"), [(6, 11, "not reproduced"), (7, 7, "not yet measured")]
+)
+def test_a_network_that_is_full_too_early_refutes(learnt: int, tasks: int, word: str) -> None:
+    grown = {layer: shares[:learnt] for layer, shares in GROWN.items()}
+    short = [*[75.0] * learnt, *[NAN] * (tasks - learnt)]
+    cells = [cell("clnp_m2", short, grown, s) for s in range(2)]
+    cells += [cell("single_task", [75.0] * tasks, seed=s) for s in range(2)]
+    assert verdict("F5-linear", WIDE, cells).word == word
+
+
+def test_tasks_that_found_no_room_reproduce_no_accuracy() -> None:
+    target = TARGETS["pmnist"]
+    alone = [cell("single_task", [98.45 + 0.01 * s] * 10, seed=s) for s in range(3)]
+    whole = [cell("clnp", [98.42 + 0.01 * s] * 10, seed=s) for s in range(3)]
+    assert verdict("T1", target, whole + alone).word == "reproduced"
+    part = [cell("clnp", [*[98.42 + 0.01 * s] * 7, *[NAN] * 3], seed=s) for s in range(3)]
+    result = verdict("T1", target, part + alone)
+    assert result.word == "not reproduced"
+    assert "7 of 10 tasks" in result.evidence
+    others = [cell(m, [97.0] * 10) for m in ("superposition", "si", "ewc")]
+    assert verdict("T1-order", target, part + others).word == "not reproduced"
+
+
+def test_means_over_some_tasks_say_so_and_are_compared_on_these() -> None:
+    mine = [cell("clnp_m2", [*[70.0 + s] * 10, NAN], GROWN, s) for s in range(2)]
+    alone = [cell("single_task", [*[71.0 + s] * 10, 20.0], seed=s) for s in range(2)]
+    row = tables.main_frame(mine + alone, {}, ()).set_index("method").loc["clnp_m2"]
+    assert tables.ours(row) == "70.50 ± 0.71, over 10 of 11 tasks"
+    frame = tables.comparison_frame(mine + alone, 0.95, WIDE["reference"])
+    assert frame.method.tolist() == ["single_task"]
+    assert frame.difference.tolist() == [1.0]
+    table = tables.comparison_table(mine + alone, WIDE)
+    assert table is not None
+    assert "CLNP, m = 2 %" in table.caption
+
+
 def test_small_drop_and_nothing_afterwards() -> None:
     def with_drop(drop: float, **fields: Any) -> list[load.Cell]:
         cuts = pd.DataFrame([(0, 80.0, 80.0 - drop)], columns=["task", "best", "pruned"])
@@ -191,6 +239,10 @@ def test_figure_of_final_accuracies_has_the_numbers_and_no_unlearnt_task() -> No
     assert alone.task.tolist() == list(range(1, 12))
     assert set(alone.accuracy) == {70.5}
     assert alone.sd.to_numpy() == pytest.approx(2**-0.5)
+    # A task that one seed lacks is the mean of the others.
+    cells[0] = cell("clnp_m2", [*TEN[:9], NAN, NAN])
+    tenth = tables.final_frame(cells, "test").query("method == 'clnp_m2' and task == 10")
+    assert (tenth.accuracy.tolist(), tenth.n.tolist()) == ([75.0], [1])
     picture = figures.final(frame, "fig5a", "caption", "test")
     assert picture.pdf.startswith(b"%PDF")
 

@@ -28,6 +28,9 @@ from benchmarks.runner import run_cells, trials
 from benchmarks.scenarios import ResidentData, crop_and_flip, split
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
 from clnp import CLNPPlugin
+from clnp.plugin import Outcome
+from clnp.random_state import random_state
+from clnp.search import Candidate, Trial
 
 GIT = {"commit": None, "dirty": True}
 NARROW = SplitCIFAR(tasks=2, epochs=1, method_epochs=False, batch_size=64, precision="fp32")
@@ -198,42 +201,52 @@ def test_images_are_shifted_and_mirrored() -> None:
     assert torch.equal(again, y)
 
 
-def test_training_alone_is_augmented(images: Images) -> None:
+class Seen(SupervisedPlugin):
+    """Keep the batches of training and of evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.train: list[tuple[Tensor, Tensor]] = []
+        self.eval: list[Tensor] = []
+
+    def before_forward(self, strategy: Any, **_: Any) -> None:
+        self.train.append((strategy.mb_x.clone(), strategy.mb_y.clone()))
+
+    def before_eval_forward(self, strategy: Any, **_: Any) -> None:
+        self.eval.append(strategy.mb_x.clone())
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint"])
+def test_training_alone_is_augmented(images: Images, method: str) -> None:
     """Evaluation sees the images as they are, and the first order is the same."""
-    train = split(images, 2, 0, 0.1).streams["train"]
-    runs: dict[bool, list[Tensor]] = {}
+    seen: dict[bool, Seen] = {}
     for augment in (False, True):
-        seen: list[Tensor] = []
-
-        class Keep(SupervisedPlugin):
-            def before_forward(self, strategy: Any, **_: Any) -> None:
-                seen.append(strategy.mb_y)  # noqa: B023
-
-            def before_eval_forward(self, strategy: Any, **_: Any) -> None:
-                evaluated.append(strategy.mb_x)  # noqa: B023
-
-        evaluated: list[Tensor] = []
-        learner = strategy(
-            nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
-            Keep(),
-            augment=crop_and_flip if augment else None,
+        experiment = dataclasses.replace(
+            WIDE, augment=augment, settings=("joint.per_task=8,6",) if method == "joint" else ()
         )
-        learner.train(train[0], eval_streams=[])
-        learner.eval(train[:1])
-        runs[augment] = [torch.cat(seen)[:32], torch.cat(evaluated)]
-    assert torch.equal(runs[False][0], runs[True][0])
-    assert torch.equal(runs[False][1], runs[True][1])
+        scenario = experiment.scenario(images, 0)
+        keep = seen[augment] = Seen()
+        evaluator = EvaluationPlugin(loggers=[])
+        setup = Setup(experiment, scenario, 0, torch.device("cpu"), evaluator, [keep])
+        learner = METHODS[method].build(setup, METHODS[method].settings_for(experiment))
+        for experience in scenario.streams["train"]:
+            learner.train(experience)
+        learner.strategy.eval(scenario.streams["train"][:1])
+    plain, augmented = seen[False], seen[True]
+    assert len(plain.train) == len(augmented.train) > 2
+    (x, y), (changed, same) = plain.train[0], augmented.train[0]
+    assert torch.equal(y, same)
+    # Some stay as they are: unshifted, not mirrored, one in 162.
+    moved = (x != changed).flatten(1).any(1)
+    assert moved.float().mean() > 0.8
+    assert all(torch.equal(a, b) for a, b in zip(plain.eval, augmented.eval, strict=True))
 
 
-def test_augmentation_is_another_experiment_and_is_used(images: Images, tmp_path: Path) -> None:
+def test_an_augmented_run_is_another_experiment(images: Images, tmp_path: Path) -> None:
     augmented = dataclasses.replace(NARROW, augment=True)
     assert augmented.name != NARROW.name
-    records_ = [
-        run(Cell(e, METHODS["finetune"], 0, images.fingerprint), images, tmp_path / e.name)
-        for e in (NARROW, augmented)
-    ]
-    assert records_[0]["config"]["experiment"]["augment"] is False
-    assert records_[1]["config"]["experiment"]["augment"] is True
+    record = run(Cell(augmented, METHODS["finetune"], 0, images.fingerprint), images, tmp_path)
+    assert record["config"]["experiment"]["augment"] is True
 
 
 @pytest.mark.parametrize(
@@ -512,7 +525,7 @@ def test_variants_share_the_first_tasks_training(tmp_path: Path) -> None:
 
 def test_a_damaged_training_is_not_used(images: Images, tmp_path: Path) -> None:
     cells_ = [Cell(NARROW, METHODS[name], 0, images.fingerprint) for name in VARIANTS[:2]]
-    shared = trials(cells_[0], cells_, tmp_path, dirty=False)
+    shared = trials(cells_[0], cells_, tmp_path, GIT, torch.device("cpu"))
     assert shared is not None
     options = images, torch.device("cpu")
     whole = cells.run(cells_[0], *options, tmp_path / "a", GIT, lambda _: None, shared=shared)
@@ -532,18 +545,58 @@ def test_a_damaged_training_is_not_used(images: Images, tmp_path: Path) -> None:
     assert shared.files() == []
 
 
-def test_a_training_by_uncommitted_code_marks_all_that_use_it(
-    images: Images, tmp_path: Path
+@pytest.mark.parametrize(
+    ("commit", "dirty", "trained"),
+    [("0" * 40, True, False), ("0" * 40, False, False), ("1" * 40, False, True)],
+)
+def test_a_training_is_of_one_commit_and_keeps_its_mark(
+    commit: str, dirty: bool, trained: bool, images: Images, tmp_path: Path
 ) -> None:
+    """Of uncommitted code it marks all that use it; of another commit it isn't used."""
     first, second = (Cell(NARROW, METHODS[name], 0, images.fingerprint) for name in VARIANTS[:2])
-    options = images, torch.device("cpu")
-    clean = {"commit": "0" * 40, "dirty": False}
-    dirty = trials(first, [second], tmp_path, dirty=True)
-    cells.run(first, *options, tmp_path / "a", GIT, lambda _: None, shared=dirty)
-    shared = trials(second, [], tmp_path, dirty=False)
-    assert shared is not None
-    record = cells.run(second, *options, tmp_path / "b", clean, lambda _: None, shared=shared)
-    assert record["git"]["dirty"] is True
+    cpu, clean = torch.device("cpu"), {"commit": "0" * 40, "dirty": False}
+    made = {"commit": commit, "dirty": dirty}
+    cells.run(
+        *(first, images, cpu, tmp_path / "a", made, lambda _: None),
+        shared=trials(first, [second], tmp_path, made, cpu),
+    )
+    events: list[dict[str, Any]] = []
+    record = cells.run(
+        *(second, images, cpu, tmp_path / "b", clean, events.append),
+        shared=trials(second, [], tmp_path, clean, cpu),
+    )
+    assert record["git"] == clean | {"dirty": dirty and not trained}
+    assert any(e["event"] == "epoch" and e["task"] == 0 for e in events) is trained
+    seconds = record["seconds"]
+    assert seconds["total"] >= seconds["train"]
+    assert seconds["total"] >= sum(seconds["tasks"])
+
+
+def test_a_training_elsewhere_is_not_used(images: Images, tmp_path: Path) -> None:
+    cell = Cell(NARROW, METHODS["clnp_m1"], 0, images.fingerprint)
+    here, gpu = (
+        trials(cell, [cell], tmp_path, GIT, torch.device(kind)) for kind in ("cpu", "cuda")
+    )
+    assert here is not None
+    assert gpu is not None
+    trial = Trial(Outcome([0.5], 1, {}), 1.0, random_state(torch.device("cpu")), {}, [0.1])
+    trained = list(here.map(lambda candidate: trial, [Candidate(0, None, None)]))
+    assert trained == [trial]
+
+    def refuse(candidate: Candidate) -> Trial:
+        raise AssertionError("trained")
+
+    (found,) = here.map(refuse, [Candidate(0, None, None)])
+    assert found.seconds == 1.0
+    with pytest.raises(AssertionError, match="trained"):
+        list(gpu.map(refuse, [Candidate(0, None, None)]))
+
+
+def test_each_network_of_single_task_counts_one_head(images: Images, tmp_path: Path) -> None:
+    record = run(Cell(NARROW, METHODS["single_task"], 0, images.fingerprint), images, tmp_path)
+    body, features = narrow()
+    alone = sum(p.numel() for p in body.parameters()) + (features + 1) * 10
+    assert record["parameters"] == {"trainable": alone, "stored": 2 * alone}
 
 
 def test_only_trainings_that_are_the_same_are_shared(images: Images) -> None:

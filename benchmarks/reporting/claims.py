@@ -62,6 +62,14 @@ class Missing(Exception):
     """Records that a claim needs are not there; the message says which."""
 
 
+class Unlearnt(Exception):
+    """A run was long enough, but a task that a claim is about found no room: it does not hold."""
+
+    def __init__(self, cells: Sequence[Cell], message: str) -> None:
+        super().__init__(message)
+        self.part = Part(len(cells), holds=False, shown=False, evidence=message)
+
+
 def verdict(claim: Targets, target: Targets, cells: Sequence[Cell]) -> Verdict:
     """Return the verdict on one claim.
 
@@ -78,7 +86,10 @@ def verdict(claim: Targets, target: Targets, cells: Sequence[Cell]) -> Verdict:
     try:
         if check is None or not cells:
             raise Missing("No records.")
-        parts = check(claim, target, cells)
+        try:
+            parts = check(claim, target, cells)
+        except Unlearnt as unlearnt:
+            parts = [unlearnt.part]
         word, evidence = judge(parts), " ".join(part.evidence for part in parts)
     except Missing as missing:
         word, evidence = NOT_MEASURED, str(missing)
@@ -142,7 +153,9 @@ def _within(
 ) -> Part:
     """Return whether values lie between two bounds: by the interval of their mean."""
     summary = summarise(list(values), 1 - alpha)
-    bounds = f"between {low:g} and {high:g}" if low > -np.inf else f"at most {high:g}"
+    bounds = f"at most {high:g}" if low == -np.inf else f"between {low:g} and {high:g}"
+    if high == np.inf:
+        bounds = f"at least {low:g}"
     return Part(
         n=summary.n,
         holds=low <= summary.mean <= high,
@@ -151,11 +164,22 @@ def _within(
     )
 
 
+def _mean_of_all(cells: Sequence[Cell]) -> dict[int, float]:
+    """Return the mean test accuracy over all tasks after the last one, in %, by seed."""
+    for cell in cells:
+        if missing := int(np.isnan(cell.test[-1]).sum()):
+            raise Unlearnt(
+                cells,
+                f"{cell.name} has learnt {len(cell.test) - missing} of {len(cell.test)} tasks.",
+            )
+    return {cell.seed: mean_accuracy(cell.test) for cell in cells}
+
+
 def accuracy(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """T1: our accuracy is the paper's, and that of single-task training."""
     alpha = target["significance"]
     mine = _cells(cells, claim["method"])
-    values = {cell.seed: mean_accuracy(cell.test) for cell in mine}
+    values = _mean_of_all(mine)
     name, reference = label(claim["method"]), label(claim["reference"])
     near = _near(
         f"{name}, mean test accuracy in %",
@@ -165,7 +189,7 @@ def accuracy(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Par
         claim["margin"],
         alpha,
     )
-    theirs = {c.seed: mean_accuracy(c.test) for c in _cells(cells, claim["reference"])}
+    theirs = _mean_of_all(_cells(cells, claim["reference"]))
     both = [seed for seed in values if seed in theirs]
     if not both:
         raise Missing(f"{name} and {reference} have no seed in common.")
@@ -188,10 +212,8 @@ def order(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     absent = [label(m) for m in claim["order"] if m not in {cell.method for cell in cells}]
     if absent:
         raise Missing(f"No record of {', '.join(absent)}.")
-    values = {
-        method: {cell.seed: mean_accuracy(cell.test) for cell in mine}
-        for method, mine in by_method(cells).items()
-    }
+    groups = by_method(cells)
+    values = {method: _mean_of_all(groups[method]) for method in claim["order"]}
     pairs = list(zip(claim["order"], claim["order"][1:], strict=False))
     seeds = [sorted(values[above].keys() & values[below].keys()) for above, below in pairs]
     if not all(seeds):
@@ -308,11 +330,13 @@ def no_forgetting(claim: Targets, target: Targets, cells: Sequence[Cell]) -> lis
 
 def _means(cells: Sequence[Cell], method: str, part: str, tasks: slice) -> dict[int, float]:
     """Return the mean accuracy over some tasks after the last one, in %, by seed."""
-    found = {}
-    for cell in _cells(cells, method):
+    found, mine = {}, _cells(cells, method)
+    for cell in mine:
         values = getattr(cell, part)[-1, tasks]
-        if not len(values) or np.isnan(values).any():
-            raise Missing(f"{cell.name} has not learnt all tasks that the claim is about.")
+        if not len(values):
+            raise Missing(f"{cell.name} has {len(cell.test)} tasks; more are needed.")
+        if np.isnan(values).any():
+            raise Unlearnt(mine, f"{cell.name} has not learnt all tasks that the claim is about.")
         found[cell.seed] = float(values.mean())
     return found
 
@@ -345,15 +369,17 @@ def _share(
     cells: Sequence[Cell], method: str, layer: int, task: int
 ) -> tuple[str, dict[int, float]]:
     """Return a layer's name and its use after a task (from 1), in %, by seed."""
-    shares, name = {}, ""
-    for cell in _cells(cells, method):
+    shares, name, mine = {}, "", _cells(cells, method)
+    for cell in mine:
         layers = list(dict.fromkeys(cell.capacity["layer"])) if len(cell.capacity) else []
         if not -len(layers) <= layer < len(layers):
             raise Missing(f"{cell.name} has no hidden layer {layer + 1}.")
         name = str(layers[layer])
         rows = cell.capacity[(cell.capacity["layer"] == name) & (cell.capacity["task"] == task - 1)]
+        if len(cell.test) < task:
+            raise Missing(f"{cell.name} has {len(cell.test)} tasks; {task} are needed.")
         if len(rows) != 1:
-            raise Missing(f"{cell.name} has not learnt task {task}.")
+            raise Unlearnt(mine, f"{cell.name} has not learnt task {task}.")
         shares[cell.seed] = 100 * float(rows["used_fraction"].iloc[0])
     return name, shares
 
@@ -392,7 +418,7 @@ def runs_out(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Par
     """F4-m1: the last hidden layer is full after a task, and later tasks suffer."""
     later, after = slice(claim["after"], None), claim["after"]
     return [
-        _use_within(claim, target, cells, claim["layer"], after, claim["share"], 100),
+        _use_within(claim, target, cells, claim["layer"], after, claim["share"], np.inf),
         _difference(
             f"{label(claim['method'])} − {label(claim['reference'])} on the tasks after {after}",
             _means(cells, claim["method"], claim["part"], later),
@@ -408,7 +434,7 @@ def lasts(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """F4-m2: units are left before the last task, and the later tasks keep their accuracy."""
     later, before_last = slice(claim["after"], None), target["tasks"] - 1
     return [
-        _use_within(claim, target, cells, claim["layer"], before_last, 0, claim["share"]),
+        _use_within(claim, target, cells, claim["layer"], before_last, -np.inf, claim["share"]),
         _difference(
             f"{label(claim['method'])} − {label(claim['reference'])} on the tasks after "
             f"{claim['after']}",
@@ -424,7 +450,7 @@ def lasts(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
 def full_at_once(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """F4-full: the first task fills some layers."""
     return [
-        _use_within(claim, target, cells, layer, 1, claim["share"], 100)
+        _use_within(claim, target, cells, layer, 1, claim["share"], np.inf)
         for layer in claim["layers"]
     ]
 
@@ -488,8 +514,11 @@ def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> l
     """F5-linear: early tasks take alike; little is left for a later one, whose accuracy suffers."""
     even, task = claim["even"], claim["task"]
     name, new = _new(cells, claim["method"], claim["layer"])
-    if any(len(numbers) < max(even, task) or min(numbers[:even]) == 0 for numbers in new.values()):
-        raise Missing(f"Not all of the first {max(even, task)} tasks took units of {name}.")
+    mine, most = _cells(cells, claim["method"]), max(even, task)
+    if any(len(cell.test) < most for cell in mine):
+        raise Missing(f"A run of at least {most} tasks is needed.")
+    if any(len(numbers) < most or min(numbers[:even]) == 0 for numbers in new.values()):
+        raise Unlearnt(mine, f"Not all of the first {most} tasks took units of {name}.")
     one, other = claim["method"], claim["reference"]
     at = slice(task - 1, task)
     return [
@@ -501,7 +530,7 @@ def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> l
             claim["ratio"],
             target["significance"],
         ),
-        _use_within(claim, target, cells, claim["layer"], task, claim["share"], 100),
+        _use_within(claim, target, cells, claim["layer"], task, claim["share"], np.inf),
         _difference(
             f"{label(one)} − {label(other)} on task {task}",
             _means(cells, one, claim["part"], at),

@@ -396,7 +396,7 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str) -> Picture:
             axes.errorbar(
                 mine["task"] + shift,
                 mine["accuracy"],
-                yerr=mine["sd"] if mine["sd"].notna().all() else None,
+                yerr=mine["sd"].fillna(0) if mine["sd"].notna().any() else None,
                 color=colour,
                 marker=marker,
                 linestyle="none",

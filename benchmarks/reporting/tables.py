@@ -29,7 +29,7 @@ NONE = "—"
 KINDS = ("reused", "not_reused", "new", "free")
 """What a layer's units are for a task."""
 REFERENCE = "clnp"
-"""The method that the others are compared with."""
+"""The method that the others are compared with, unless a targets file names another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +205,8 @@ def main_frame(
                 "low": ours.low,
                 "high": ours.high,
                 "n": ours.n,
+                "learnt": min((int(np.isfinite(c.test[-1]).sum()) for c in mine), default=None),
+                "tasks": len(mine[0].test) if mine else None,
                 "seeds": " ".join(str(cell.seed) for cell in mine),
                 "values": " ".join(f"{value:.4f}" for value in values),
                 "difference": ours.mean - theirs.get("accuracy", NAN),
@@ -217,7 +219,8 @@ def main_frame(
                 "configurations": tried.get(method),
             }
         )
-    whole = dict.fromkeys(("trainable", "stored", "configurations"), "Int64")
+    integers = ("learnt", "tasks", "trainable", "stored", "configurations")
+    whole = dict.fromkeys(integers, "Int64")
     return pd.DataFrame(rows).astype(whole | {"task_id_at_test": "boolean"})
 
 
@@ -286,18 +289,18 @@ def final_frame(cells: Sequence[Cell], part: str) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns method, task (from 1), accuracy: mean over seeds, and sd, both in %; no row where
-        nothing was learnt.
+        Columns method, task (from 1), accuracy: mean over the seeds that have learnt the task, and
+        sd, both in %, and n, their number; no row where it is 0.
     """
     rows = []
     for method, mine in by_method(cells).items():
         final = np.array([getattr(cell, part)[-1] for cell in mine])
         for task in range(final.shape[1]):
-            values = final[:, task]
-            sd = values.std(ddof=1) if len(values) > 1 else np.nan
-            rows.append((method, task + 1, values.mean(), sd))
-    frame = pd.DataFrame(rows, columns=["method", "task", "accuracy", "sd"])
-    return frame.dropna(subset=["accuracy"]).reset_index(drop=True)
+            values = final[np.isfinite(final[:, task]), task]
+            if len(values):
+                sd = values.std(ddof=1) if len(values) > 1 else np.nan
+                rows.append((method, task + 1, values.mean(), sd, len(values)))
+    return pd.DataFrame(rows, columns=["method", "task", "accuracy", "sd", "n"])
 
 
 def use_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -423,16 +426,26 @@ def ablation_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     return frame
 
 
-def comparison_frame(cells: Sequence[Cell], level: float) -> pd.DataFrame:
-    """Return paired per-seed differences of each method to `REFERENCE`, in points, with tests."""
+def comparison_frame(
+    cells: Sequence[Cell], level: float, reference: str = REFERENCE
+) -> pd.DataFrame:
+    """Return paired per-seed differences of each method to a reference, in points, with tests.
+
+    They are of means over the tasks that both have learnt.
+    """
     groups = by_method(cells)
-    reference = {cell.seed: mean_accuracy(cell.test) for cell in groups.get(REFERENCE, [])}
+    others = {cell.seed: cell.test[-1] for cell in groups.get(reference, [])}
     rows = []
     for method, mine in groups.items():
-        values = {c.seed: mean_accuracy(c.test) for c in mine if c.seed in reference}
-        if method == REFERENCE or not values:
+        pairs = {
+            cell.seed: (cell.test[-1], others[cell.seed]) for cell in mine if cell.seed in others
+        }
+        if method == reference or not pairs:
             continue
-        result = paired(list(values.values()), [reference[seed] for seed in values], level)
+        both = {seed: np.isfinite(one) & np.isfinite(other) for seed, (one, other) in pairs.items()}
+        values = {seed: float(pairs[seed][0][both[seed]].mean()) for seed in pairs}
+        theirs = [float(pairs[seed][1][both[seed]].mean()) for seed in pairs]
+        result = paired(list(values.values()), theirs, level)
         rows.append(
             {
                 "method": method,
@@ -623,9 +636,12 @@ EXPECTED = ("finetune", "joint", "packnet", "lwf", "er", "hat")
 
 def ours(row: pd.Series[Any]) -> str:
     """Return our result: ``mean ± sd``, ``mean (n = 1)`` or a dash."""
+    text = plus_minus(row["mean"], row["sd"])
     if row["n"] == 1:
-        return f"{number(row['mean'])} (n = 1)"
-    return plus_minus(row["mean"], row["sd"])
+        text = f"{number(row['mean'])} (n = 1)"
+    if row["n"] and row["learnt"] < row["tasks"]:
+        text += f", over {row['learnt']} of {row['tasks']} tasks"
+    return text
 
 
 def yes_no(value: Any) -> str:
@@ -833,13 +849,14 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
 
 
 def comparison_table(cells: Sequence[Cell], target: Targets | None) -> Table | None:
-    """Return the methods against `REFERENCE`; None if there is nothing to compare."""
+    """Return the methods against the reference; None if there is nothing to compare."""
     level = confidence(target)
-    frame = comparison_frame(cells, level)
+    reference = (target or {}).get("reference", REFERENCE)
+    frame = comparison_frame(cells, level, reference)
     if frame.empty:
         return None
     notes = [
-        f"Difference of mean accuracy to {label(REFERENCE)} in points, over the seeds that both "
+        f"Difference of mean accuracy to {label(reference)} in points, over the seeds that both "
         "have. p: paired t test; Holm: corrected over the methods; permutation: exact, by "
         "flipping signs.",
     ]
@@ -862,7 +879,7 @@ def comparison_table(cells: Sequence[Cell], target: Targets | None) -> Table | N
             "p (permutation)": lambda r: p_value(r["p_permutation"]),
         },
     )
-    return Table("comparisons", f"Methods against {label(REFERENCE)}", frame, text, tuple(notes))
+    return Table("comparisons", f"Methods against {label(reference)}", frame, text, tuple(notes))
 
 
 # ---------------------------------------------------------------- files
