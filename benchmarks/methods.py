@@ -331,7 +331,7 @@ def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
     return Learner(setup.strategy(settings, [plugin]), settings, plugin)
 
 
-EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, samples=10_000)
+EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, samples=10_000, strength=10_000.0)
 EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
 EWC_CIFAR = EWCSettings(decay_from=1.0, samples=5000)
 EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000)
