@@ -293,6 +293,8 @@ def verdict(result: Tuning) -> str:
     """Return whether the method has the winner's settings, and if not, which ones to enter."""
     preset, method = result["experiment"], result["method"]
     wrong = mismatches(result, METHODS[method].settings[preset])
+    if result["winner"] is None:
+        return f"{method} for {preset}: {'; '.join(wrong)}."
     if not wrong:
         return f"The settings of {method} for {preset} are the winner's."
     return (

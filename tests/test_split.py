@@ -412,6 +412,29 @@ def test_nothing_is_forgotten_bit_for_bit(images: Images, network: str) -> None:
     assert all(entry["pruned_validation"] > 0.5 for entry in plugin.history)
 
 
+@pytest.mark.slow
+def test_the_wide_network_at_full_width_takes_steps_of_two_tasks(
+    images: Images, tmp_path: Path
+) -> None:
+    """Two steps a task; its claims wait for a GPU."""
+    experiment = SplitCIFARWide(
+        tasks=2,
+        epochs=1,
+        method_epochs=False,
+        images=100,
+        batch_size=45,
+        precision="fp32",
+        settings=("clnp_m2.grid_l1=5e-5", "clnp_m2.grid_lr=0.001"),
+    )
+    cell = Cell(experiment, METHODS["clnp_m2"], 0, images.fingerprint)
+    record = run(cell, images, tmp_path)
+    assert records.problem(record) is None
+    assert len(record["history"]) == 2
+    assert record["logit_drift"] == [0.0, 0.0]
+    widths = {row["layer"]: row["used"] + row["free"] for row in record["capacity"]}
+    assert list(widths.values()) == [128, 256, 512, 1024, 2048]
+
+
 # --- methods --------------------------------------------------------------------------------------
 
 

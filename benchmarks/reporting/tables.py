@@ -187,7 +187,10 @@ def main_frame(
         What was tried for the methods, as far as they were tuned.
     """
     groups = by_method(cells)
-    tried = {tuning["method"]: len(tuning["candidates"]) for tuning in tunings}
+    tried = {
+        tuning["method"]: sum(bool(candidate["runs"]) for candidate in tuning["candidates"])
+        for tuning in tunings
+    }
     rows = []
     for method in sorted({*every, *groups}, key=rank):
         mine = groups.get(method, [])
@@ -825,8 +828,10 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
     dashes = [dict.fromkeys(text, NONE) | {"Method": label(name)} for name in untuned]
     budgets: dict[str, list[str]] = {}
     for tuning in tunings:
+        whole, some = len(tuning["candidates"]), sum(bool(c["runs"]) for c in tuning["candidates"])
+        tried = f"{whole}" if some == whole else f"{some} of {whole}"
         budget = (
-            f"{len(tuning['candidates'])} configurations, first {tuning['tasks']} tasks, "
+            f"{tried} configurations, first {tuning['tasks']} tasks, "
             f"{'seed' if len(tuning['seeds']) == 1 else 'seeds'} {seed_list(tuning['seeds'])}"
         )
         budgets.setdefault(budget, []).append(label(tuning["method"]))
