@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -60,7 +61,7 @@ def changed(instance: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(ABC):
     """A network, a stream of tasks, and a budget.
 
     A subclass is a *preset*: its defaults are the experiment. An instance with any other value
@@ -126,13 +127,13 @@ class Experiment:
 
         return load(self.dataset, data_dir, device=device, test=test)
 
+    @abstractmethod
     def scenario(self, images: Images, seed: int) -> CLScenario:
         """Return the task stream that belongs to `seed`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model(self) -> torch.nn.Module:
         """Return a new network, drawn from torch's global generator."""
-        raise NotImplementedError
 
     def augmentation(self) -> Augmentation | None:
         """Return what becomes of training images; None: they stay as they are."""

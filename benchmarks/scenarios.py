@@ -372,16 +372,10 @@ def resident_parts(
         if indices is not None:
             own = indices[(indices >= start) & (indices < end)] - start
         start = end
-        while isinstance(child, FlatData):
-            if len(child._datasets) != 1 or _transforms(child):
-                return None
-            if child._indices is not None:
-                below = torch.tensor(list(child._indices), dtype=torch.int64)
-                own = below if own is None else below[own]
-            child = child._datasets[0]
-        if not isinstance(child, ResidentDataset):
+        part = _descend(child, own)
+        if part is None:
             return None
-        parts.append((child, own))
+        parts.append(part)
     labels = {part.task for part, _ in parts}
     return parts if dataset.targets_task_labels.uniques == labels else None
 
@@ -401,8 +395,14 @@ def resident_view(
     """
     if not _plain(dataset):
         return None
-    indices: Tensor | None = None
-    node: Any = dataset._flat_data
+    view = _descend(dataset._flat_data, None)
+    if view is None or dataset.targets_task_labels.uniques != {view[0].task}:
+        return None
+    return view
+
+
+def _descend(node: Any, indices: Tensor | None) -> tuple[ResidentDataset, Tensor | None] | None:
+    """Follow a node of Avalanche's trees, seen through indices, down to one resident data set."""
     while isinstance(node, FlatData):
         if len(node._datasets) != 1 or _transforms(node):
             return None
@@ -410,10 +410,7 @@ def resident_view(
             own = torch.tensor(list(node._indices), dtype=torch.int64)
             indices = own if indices is None else own[indices]
         node = node._datasets[0]
-    labels = dataset.targets_task_labels.uniques
-    if not isinstance(node, ResidentDataset) or labels != {node.task}:
-        return None
-    return node, indices
+    return (node, indices) if isinstance(node, ResidentDataset) else None
 
 
 def _plain(dataset: AvalancheDataset[Any]) -> bool:

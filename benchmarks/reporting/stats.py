@@ -42,9 +42,15 @@ class Paired:
     """Exact test by flipping signs, two-sided; with n seeds at least 2 ** (1 - n)."""
 
 
+def mean_of_learnt(values: npt.NDArray[np.float64]) -> float:
+    """Return the mean over what is a number; NaN if nothing is."""
+    learnt = values[np.isfinite(values)]
+    return float(learnt.mean()) if len(learnt) else NAN
+
+
 def mean_accuracy(matrix: npt.NDArray[np.float64]) -> float:
     """Return the mean of the last row of R, shape (tasks, tasks), over the tasks learnt."""
-    return float(np.nanmean(matrix[-1]))
+    return mean_of_learnt(matrix[-1])
 
 
 def backward_transfer(matrix: npt.NDArray[np.float64]) -> float:
@@ -56,9 +62,7 @@ def backward_transfer(matrix: npt.NDArray[np.float64]) -> float:
         In the unit of R, over the tasks that were learnt; NaN with one task, or if the diagonal was
         not measured.
     """
-    changes = (matrix[-1] - np.diag(matrix))[:-1]
-    learnt = np.isfinite(changes)
-    return float(changes[learnt].mean()) if learnt.any() else NAN
+    return mean_of_learnt((matrix[-1] - np.diag(matrix))[:-1])
 
 
 def summarise(values: Sequence[float], level: float = 0.95) -> Summary:

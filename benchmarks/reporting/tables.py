@@ -9,7 +9,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.experiment import canonical
@@ -20,6 +19,7 @@ from benchmarks.reporting.stats import (
     backward_transfer,
     holm,
     mean_accuracy,
+    mean_of_learnt,
     paired,
     summarise,
 )
@@ -266,17 +266,12 @@ def over_tasks_frame(cells: Sequence[Cell]) -> pd.DataFrame:
                     "method": method,
                     "seed": seed,
                     "after_task": i + 1,
-                    "learnt_tasks": _mean_of_learnt(matrix[i, : i + 1]),
+                    "learnt_tasks": mean_of_learnt(matrix[i, : i + 1]),
                     "first_task": matrix[i, 0],
                 }
                 for i in range(len(matrix))
             ]
     return pd.DataFrame(rows).dropna(subset=["learnt_tasks"]).reset_index(drop=True)
-
-
-def _mean_of_learnt(values: npt.NDArray[np.float64]) -> float:
-    learnt = values[np.isfinite(values)]
-    return float(learnt.mean()) if len(learnt) else float("nan")
 
 
 def final_frame(cells: Sequence[Cell], part: str) -> pd.DataFrame:
