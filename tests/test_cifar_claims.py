@@ -262,3 +262,15 @@ def test_a_section_has_the_papers_figures(
     names = {picture.name for picture in section.pictures}
     assert {target["final"]["file"], target["use"]["file"]} <= names
     assert "claims" in {table.name for table in section.headline}
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (["fc1", "fc2"], ["First layer", "Second layer"]),
+        (["body.conv1", "body.conv2", "body.fc"], ["conv1", "conv2", "fc"]),
+        (["conv1", "conv5"], ["conv1", "conv5"]),
+    ],
+)
+def test_layers_are_called_as_in_the_paper(layers: list[str], names: list[str]) -> None:
+    assert figures._layer_names(layers) == names

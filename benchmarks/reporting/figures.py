@@ -127,10 +127,7 @@ def use(
                 zorder=3,
                 label="_paper" if group else "paper",
             )
-        names = [
-            f"{ORDINALS[i]} layer" if len(layers) <= len(ORDINALS) else str(layer)
-            for i, layer in enumerate(layers)
-        ]
+        names = _layer_names(layers)
         axes.set_xticks(range(len(layers)), names)
         axes.grid(False, axis="x")
         axes.set_ylabel("Used layer capacity (%)")
@@ -150,6 +147,14 @@ def use(
 def _tasks_first(handles: list[Any], names: list[str]) -> tuple[list[Any], list[str]]:
     order = sorted(range(len(names)), key=lambda i: names[i] == "paper")
     return [handles[i] for i in order], [names[i] for i in order]
+
+
+def _layer_names(layers: Sequence[str]) -> list[str]:
+    """Return what the paper calls layers: by number if all are dense, by kind and number if not."""
+    short = [str(layer).rpartition(".")[2] for layer in layers]
+    if any("conv" in layer for layer in short) or len(layers) > len(ORDINALS):
+        return short
+    return [f"{ORDINALS[i]} layer" for i in range(len(layers))]
 
 
 def _layer_panels(layers: Sequence[str], tasks: int) -> tuple[Figure, list[Axes]]:
