@@ -77,8 +77,9 @@ class Tune:
     quickstart."""
     seeds: tuple[int, ...] = (100,)
     """The seeds, from 100 on; those of an earlier result are kept."""
-    tasks: int = 3
-    """How many tasks of the stream each candidate learns."""
+    tasks: int | None = None
+    """How many tasks of the stream each candidate learns; by default as many as the method's entry
+    in the registry says, or 3."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
     data_dir: Path | None = None

@@ -30,7 +30,7 @@ from benchmarks.runner import git_state, run_cells
 FIRST_SEED = 100
 """Seeds below it are those of the tables: nothing is chosen by them."""
 TASKS = 3
-"""First tasks of the stream that a candidate learns."""
+"""First tasks of the stream that a candidate learns, if the registry does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def request(
     method: str,
     preset: type[Experiment],
     seeds: Sequence[int] = (FIRST_SEED,),
-    tasks: int = TASKS,
+    tasks: int | None = None,
 ) -> Request:
-    """Return what is to be run.
+    """Return what is to be run; by default with as many tasks as the registry says for the grid.
 
     Raises
     ------
@@ -93,6 +93,8 @@ def request(
         )
     if len(set(seeds)) < len(seeds):
         raise UserError(f"A seed is given twice: {', '.join(map(str, seeds))}.")
+    if tasks is None:
+        tasks = chosen.tuning_tasks.get(preset.preset, TASKS)
     return Request(preset(tasks=tasks), chosen, tuple(seeds))
 
 

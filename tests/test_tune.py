@@ -401,6 +401,15 @@ def test_a_setting_younger_than_the_result_is_held_to_its_default(tmp_path: Path
     assert tune.mismatches(result, Later(lr=0.004, epochs=1, new=1.0)) == ["new = 0.5, not 1.0"]
 
 
+def test_the_registry_says_how_many_tasks_a_candidate_learns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert tune.request("made", Tiny).experiment.tasks == tune.TASKS == 3
+    with_grid(monkeypatch, *GRID, tuning_tasks={"quickstart": 5, "pmnist": 7})
+    assert tune.request("made", Tiny).experiment.tasks == 5
+    assert tune.request("made", Tiny, tasks=2).experiment.tasks == 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_grid_is_small_and_without_repetition(method: str) -> None:
     for preset, grid in METHODS[method].grid.items():
