@@ -375,6 +375,14 @@ class HATPlugin(SupervisedPlugin):
         for embedding in self.embeddings:
             embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
 
+    def training_state(self) -> dict[str, Any]:
+        """Return the step of the epoch, which says how steep the gates are."""
+        return {"step": self._step}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from `training_state`."""
+        self._step = state["step"]
+
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Keep the task's gates and its head."""
         self._gates = self._final_gates()

@@ -119,6 +119,17 @@ class SIPlugin(SupervisedPlugin):
             values.clear()
         self._gradients.clear()
 
+    def training_state(self) -> dict[str, Any]:
+        """Return what a task in training has gathered: omega by name. The rest is the model's."""
+        return {"path": dict(zip(self._names, self._path, strict=True))}
+
+    @torch.no_grad()
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from `training_state`, after the model: the path began where the task did."""
+        for name, path in zip(self._names, self._path, strict=True):
+            path.copy_(state["path"][name])
+        self._moved = list(torch._foreach_sub(self._parameters, self._start))
+
     def state_dict(self) -> dict[str, Any]:
         """Return what later tasks need besides the model: Omega by name."""
         return {"importance": dict(self.importance)}

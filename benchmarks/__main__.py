@@ -53,6 +53,8 @@ class Run:
     """Mirror of the logs at Weights & Biases; auto: online when logged in, else offline."""
     force: bool = False
     """Run recorded cells again."""
+    save_every: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0
+    """Minutes of training after which the state within a task is saved; after each task it is."""
     data_dir: Path | None = None
     """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
     records_dir: Path = Path("reports/records")
@@ -82,6 +84,8 @@ class Tune:
     in the registry says, or 3."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    save_every: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0
+    """Minutes of training after which the state within a task is saved; after each task it is."""
     data_dir: Path | None = None
     """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
     tuning_dir: Path = Path("reports/tuning")
@@ -211,6 +215,12 @@ def experiment_of(options: Run) -> Experiment:
     return preset(**overrides, settings=options.settings)
 
 
+def _seconds(minutes: float) -> float:
+    if not minutes > 0:
+        raise UserError(f"--save-every {minutes:g}: give minutes above 0.")
+    return 60 * minutes
+
+
 def run(options: Run) -> int:
     """Run a grid of cells, rebuild the report and print its main table."""
     from benchmarks.reporting import page
@@ -228,6 +238,7 @@ def run(options: Run) -> int:
         pick_device(options.device),
         options.wandb,
         options.force,
+        _seconds(options.save_every),
     )
     if code in (0, 1):
         print(page.build(options.records_dir, options.out_dir, [experiment.name]))
@@ -251,6 +262,7 @@ def tune(options: Tune) -> int:
         options.runs_dir,
         options.data_dir,
         pick_device(options.device),
+        _seconds(options.save_every),
     )
     print(page.aligned(tables.tuning_table([result])))
     print(tuning.verdict(result))

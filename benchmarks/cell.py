@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import re
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +20,13 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from benchmarks import records
+from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, canonical, changed, derive, digest
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import Method
 from benchmarks.precision import bf16_kernels
-
-if TYPE_CHECKING:
-    from benchmarks.shared import SharedTrials
+from benchmarks.resume import FORMAT, SAVE_EVERY, Saver, Stop, load_state, save_state
+from benchmarks.shared import SharedTrials
 from clnp import LogitDrift
 
 if TYPE_CHECKING:
@@ -37,9 +35,8 @@ if TYPE_CHECKING:
 Listener = Callable[[dict[str, Any]], None]
 Matrix = list[list[float | None]]
 
-STATE = "state.pt"
-FORMAT = 2
-"""Of the resume state; raised when its contents change."""
+STATE, TRAINING = "state.pt", "training.pt"
+"""Files in the cell's folder: the state after the last learnt task, and within the next one."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class Cell:
 class Monitor(SupervisedPlugin):
     """Announce each epoch: mean training loss, and the validation accuracy if it is measured.
 
-    The loss is summed on its device and read once an epoch, so that no step waits for it.
+    Losses stay on their device and are read once an epoch, so that no step waits for them.
 
     Raises
     ------
@@ -143,8 +140,8 @@ class Monitor(SupervisedPlugin):
         super().__init__()
         self.announce = announce
         self.learner: Learner | None = None
-        self._sum: torch.Tensor | float = 0.0
-        self._steps = 0
+        self._losses: list[torch.Tensor] = []
+        self._earlier = torch.zeros(0)  # of an interrupted epoch, before it went on
         self._started = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
@@ -155,22 +152,40 @@ class Monitor(SupervisedPlugin):
         return watching
 
     def before_training_epoch(self, _strategy: Any, **_: Any) -> None:
-        """Begin a new sum."""
-        self._sum, self._steps, self._started = 0.0, 0, time.perf_counter()
+        """Begin a new epoch."""
+        self._losses, self._earlier = [], torch.zeros(0)
+        self._started = time.perf_counter()
 
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
-        """Add the loss of the batch."""
-        self._sum = self._sum + strategy.loss.detach()
-        self._steps += 1
+        """Keep the loss of the batch."""
+        self._losses.append(strategy.loss.detach())
+
+    def training_state(self) -> dict[str, Any]:
+        """Return the epoch's losses so far."""
+        return {"losses": self._epoch_losses()}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from `training_state`."""
+        self._earlier = state["losses"]
+
+    def _epoch_losses(self) -> torch.Tensor:
+        """Return the (steps,) losses of the epoch, on the CPU."""
+        new = torch.stack(self._losses).flatten().cpu() if self._losses else torch.zeros(0)
+        return torch.cat([self._earlier, new])
 
     def after_training_epoch(self, strategy: Any, **_: Any) -> None:
         """Tell the epoch's values."""
         # logging(): an experience in training hides its index.
         task = strategy.experience.logging().current_experience
         epoch = strategy.clock.train_exp_epochs
-        loss = float(self._sum) / max(self._steps, 1)
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(f"The loss is {loss} in task {task}, epoch {epoch}.")
+        losses = self._epoch_losses()
+        if len(wrong := (~losses.isfinite()).nonzero()):
+            step = int(wrong[0])
+            raise FloatingPointError(
+                f"The loss is {float(losses[step])} in task {task}, epoch {epoch}, step {step} "
+                "(counted from 0): try a lower learning rate."
+            )
+        loss = float(losses.double().mean())
         measured = self.learner.validation_accuracy() if self.learner else []
         self.announce(
             {
@@ -231,32 +246,32 @@ def measure(strategy: Any, stream: Any, learnt: int) -> list[float | None]:
     return row
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a resume state, after the SHA-256 of its bytes: all of it or nothing."""
-    buffer = BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
-    records.write_atomically(path, hashlib.sha256(data).digest() + data)
+@dataclass
+class Course:
+    """What has been measured so far in a cell."""
+
+    git: dict[str, Any]
+    accuracy: dict[str, Matrix]
+    """By stream, R[i][j]."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each task, evaluation included."""
+    train_seconds: float = 0.0
+
+    @property
+    def learnt(self) -> int:
+        """How many tasks have been."""
+        return len(self.seconds)
 
 
-def load_state(path: Path, hash_: str) -> dict[str, Any]:
-    """Return a resume state; nothing in it is unpickled but tensors, numbers, lists and dicts.
-
-    Raises
-    ------
-    ValueError
-        If it is damaged or of another cell.
-    """
-    content = path.read_bytes()
-    # torch.load notices a cut file, but not a flipped bit.
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise ValueError("it is damaged")
-    state: dict[str, Any] = torch.load(BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise ValueError("it was written by another version of the code")
-    if state["hash"] != hash_:
-        raise ValueError("it belongs to another cell")
-    return state
+def _saved(path: Path, hash_: str, ignored: list[str]) -> dict[str, Any] | None:
+    """Return the state in a file; None if there is none, or one that can't be used: say why."""
+    if not path.exists():
+        return None
+    try:
+        return load_state(path, hash_)
+    except ValueError as error:
+        ignored.append(f"{path} is not used, what it holds is trained again: {error}")
+        return None
 
 
 def run(
@@ -268,11 +283,13 @@ def run(
     announce: Listener,
     first: Path | None = None,
     shared: SharedTrials | None = None,
+    stop: Stop | None = None,
+    save_every: float = SAVE_EVERY,
 ) -> records.Record:
     """Train and evaluate a cell, going on from its saved state if there is one.
 
-    The state is saved after every task. A task's random numbers depend on (seed, task) alone, and
-    each task starts with a fresh optimizer, so that a resumed cell equals an uninterrupted one.
+    The state is saved after every task, and now and then within one; a task's random numbers depend
+    on (seed, task) alone. A resumed cell equals an uninterrupted one, bit for bit on a CPU.
     Images that were loaded without test data give a record without test accuracy.
 
     Parameters
@@ -294,6 +311,10 @@ def run(
         cell without a state of its own starts from it, or writes it. None: each trains its own.
     shared
         Trains the first task of cells with the same `Cell.trained_hash`; see `benchmarks.shared`.
+    stop
+        Whose signals end the cell, saved.
+    save_every
+        Seconds of training after which the state within a task is saved.
 
     Returns
     -------
@@ -306,43 +327,55 @@ def run(
     kinds = {"validation": "valid", "test": "test"}
     streams = {n: scenario.streams[k] for n, k in kinds.items() if k in scenario.streams}
     drift = LogitDrift("test" if "test" in streams else "valid")
-    monitor = Monitor(announce)
+    monitor, stop = Monitor(announce), stop or Stop()
+    ignored: list[str] = []
+    path, training = folder / STATE, folder / TRAINING
+    for file in (path, training):
+        records.remove_leftovers(file)
+    starts = {path: cell.hash} | ({} if first is None else {first: cell.first_hash})
+    state = next(filter(None, (_saved(*start, ignored) for start in starts.items())), None)
+    course = (
+        Course(git, {name: [] for name in streams}) if state is None else Course(**state["course"])
+    )
+    course.git = {**git, "dirty": git["dirty"] or course.git["dirty"]}
+    within = _saved(training, cell.hash, ignored)
+    if within is not None and within["task"] != course.learnt:
+        within = None  # of a task that has been learnt since
+    if within is not None:
+        course.git["dirty"] |= within["git"]["dirty"]
+    began = started
+
+    def save_training(saved: dict[str, Any]) -> None:
+        spent = time.perf_counter() - began
+        saved |= {"format": FORMAT, "hash": cell.hash, "spent": spent, "git": course.git}
+        try:
+            save_state(training, saved)
+        except UserError as error:  # a full disk must not end what trains
+            announce({"event": "warning", "text": f"{error} The training goes on, not saved."})
+
+    trials: dict[int, SharedTrials] = {}
+
+    def trials_of(task: int) -> SharedTrials:
+        name = f"{cell.hash} task {task}"
+        return trials.setdefault(task, SharedTrials(folder / f"task{task}.pt", name, git, device))
+
+    saver = Saver(save_training, within, stop, save_every)
     with warnings.catch_warnings():
         # The events are the log; Avalanche's own loggers would run in every step.
         warnings.filterwarnings("ignore", message="No loggers specified")
         evaluator = EvaluationPlugin(
             accuracy_metrics(experience=True), drift, loggers=[], collect_all=False
         )
+    harness = (evaluator, [monitor], shared, trials_of, saver)
     learner: Learner = cell.method.build(
-        Setup(cell.experiment, scenario, cell.seed, device, evaluator, [monitor], shared),
-        cell.settings,
+        Setup(cell.experiment, scenario, cell.seed, device, *harness), cell.settings
     )
     monitor.learner = learner
-    accuracy: dict[str, Matrix] = {name: [] for name in streams}
-    seconds: list[float] = []
-    train_seconds = 0.0
-
-    path, ignored = folder / STATE, None
-    starts = {path: cell.hash} | ({} if first is None else {first: cell.first_hash})
-    for start, hash_ in starts.items():
-        if not start.exists():
-            continue
-        try:
-            state = load_state(start, hash_)
-        except ValueError as error:
-            ignored = f"{start} is not used, what it holds is trained again: {error}"
-        else:
-            learner.restore(state["learner"])
-            drift.load_state_dict(state["drift"])
-            accuracy, seconds, train_seconds = (
-                state["accuracy"],
-                state["seconds"],
-                state["train_seconds"],
-            )
-            # A task reseeds what it draws; this is for a method that draws between tasks.
-            torch.set_rng_state(state["rng"])
-            git = {**git, "dirty": git["dirty"] or state["git"]["dirty"]}
-            break
+    if state is not None:
+        learner.restore(state["learner"])
+        drift.load_state_dict(state["drift"])
+        # A task reseeds what it draws; this is for a method that draws between tasks.
+        torch.set_rng_state(state["rng"])
     announce(
         {
             "event": "start",
@@ -350,55 +383,61 @@ def run(
             "hash": cell.hash,
             "config": cell.config,
             "tasks": cell.experiment.tasks,
-            "learnt": len(seconds),
-            "ignored": ignored,
+            "learnt": course.learnt,
+            "epoch": None if within is None else within["training"]["clock"]["train_exp_epochs"],
+            "ignored": "; ".join(ignored) or None,
         }
     )
 
-    before = sum(seconds)
-    for task in range(len(seconds), cell.experiment.tasks):
-        began = time.perf_counter()
+    before = sum(course.seconds)
+    for task in range(course.learnt, cell.experiment.tasks):
+        spent = within["spent"] if within is not None and within["task"] == task else 0.0
+        began = time.perf_counter() - spent
         RNGManager.set_random_seeds(derive(cell.seed, "noise", task))
         learner.train(scenario.streams["train"][task])
-        if shared is not None and task == 0:
-            # A training that another cell has paid for counts in each, as if each were alone.
-            began -= shared.saved
-            started -= shared.saved
-            git = {**git, "dirty": git["dirty"] or shared.dirty}
-        train_seconds += time.perf_counter() - began
+        # A training that another cell, or an interrupted run of this one, has paid for counts in
+        # each, as if each were alone.
+        found = [t for t in (shared if task == 0 else None, trials.get(task)) if t is not None]
+        saved = max([spent, *(t.saved for t in found)])
+        began -= saved - spent
+        started -= saved
+        course.git["dirty"] |= any(t.dirty for t in found)
+        course.train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
-            accuracy[name].append(measure(learner.strategy, stream, learner.learnt(task + 1)))
-        seconds.append(time.perf_counter() - began)
+            row = measure(learner.strategy, stream, learner.learnt(task + 1))
+            course.accuracy[name].append(row)
+        course.seconds.append(time.perf_counter() - began)
         state = {
             "format": FORMAT,
             "hash": cell.hash,
             "learner": learner.state(),
             "drift": drift.state_dict(),
-            "accuracy": accuracy,
-            "seconds": seconds,
-            "train_seconds": train_seconds,
+            "course": vars(course),
             "rng": torch.get_rng_state(),
-            "git": git,
         }
         save_state(path, state)
         if task == 0 and first is not None:
             save_state(first, state | {"hash": cell.first_hash})
+        training.unlink(missing_ok=True)
+        if task in trials:
+            trials[task].forget()
         announce(
             {
                 "event": "task",
                 "task": task,
-                "accuracy": {name: matrix[-1] for name, matrix in accuracy.items()},
+                "accuracy": {name: matrix[-1] for name, matrix in course.accuracy.items()},
                 "capacity": [row for row in learner.capacity() if row["task"] == task],
                 "sufficiency": [row for row in learner.sufficiency() if row["task"] == task],
                 "reused_ablation": next(
                     (entry.get("reused_ablation") for entry in learner.history()[task:]), None
                 ),
-                "seconds": seconds[-1],
+                "seconds": course.seconds[-1],
             }
         )
 
     # A method that learns all at once is never seen to drift.
     drifts = drift.drift() if learner.learnt(1) else {}
+    accuracy = course.accuracy
     if "validation" not in accuracy:
         accuracy["validation"] = [[None] * len(matrix) for matrix in accuracy["test"]]
     record = {
@@ -414,12 +453,12 @@ def run(
         "parameters": learner.parameters(),
         "task_id_at_test": cell.method.told_task(cell.experiment),
         "seconds": {
-            "train": train_seconds,
+            "train": course.train_seconds,
             "total": before + time.perf_counter() - started,
-            "tasks": seconds,
+            "tasks": course.seconds,
         },
         "environment": environment(device),
-        "git": git,
+        "git": course.git,
         "history": learner.history(),
         "search": learner.search(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, derive
+from benchmarks.resume import Saver
 from benchmarks.scenarios import ResidentData
 
 State = dict[str, Any]
@@ -97,6 +98,14 @@ class LinearDecay(SupervisedPlugin):
             for group, base in zip(strategy.optimizer.param_groups, self._base, strict=True):
                 group["lr"] = base * factor
 
+    def training_state(self) -> State:
+        """Return the step of the task, to be saved within it; see `benchmarks.resume`."""
+        return {"step": self._step}
+
+    def load_training_state(self, state: State) -> None:
+        """Go on from `training_state`."""
+        self._step = state["step"]
+
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Give the optimizer its own learning rate back."""
         for group, base in zip(strategy.optimizer.param_groups, self._base, strict=True):
@@ -116,6 +125,10 @@ class Setup:
     """The harness's own plugins; they run after the method's."""
     shared: Executor | None = None
     """Trains the first task's candidates, or knows what another cell's training gave."""
+    trials: Callable[[int], Executor] | None = None
+    """Gives who trains a task's candidates, and remembers those that are done."""
+    saver: Saver | None = None
+    """Saves the training within a task."""
 
     def epochs(self, settings: Settings) -> int:
         """Return the epochs of a task: the method's own if it has any and may use them."""
@@ -154,8 +167,8 @@ class Setup:
         """
         model = self.model() if model is None else model
         # A strategy is told by its class where its data come from.
-        resident = type(f"Resident{base.__name__}", (ResidentData, base), {})
-        return resident(
+        resident: Any = type(f"Resident{base.__name__}", (ResidentData, base), {})
+        strategy = resident(
             model=model,
             optimizer=settings.make_optimizer(model.parameters()),
             criterion=nn.CrossEntropyLoss(),
@@ -170,6 +183,8 @@ class Setup:
             augment=self.experiment.augmentation(),
             **arguments,
         )
+        strategy.saver = self.saver
+        return strategy
 
 
 class Learner:

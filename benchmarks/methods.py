@@ -121,6 +121,8 @@ class CLNPLearner(Learner):
     plugin: CLNPPlugin
     shared: Executor | None = None
     """Trains the first task, or knows what another cell's training gave."""
+    trials: Callable[[int], Executor] | None = None
+    """Gives who trains a task's candidates."""
 
     def train(self, experience: Any) -> None:
         """Learn an experience, or the best of the grid on it; or nothing, if nothing is free."""
@@ -144,12 +146,14 @@ class CLNPLearner(Learner):
         if not grid and shared is None:
             super().train(experience)
             return
+        # logging(): an experience in training hides its index.
+        own = self.trials and self.trials(experience.logging().current_experience)
         search(
             self.strategy,
             experience,
             l1=[_alphas(values) for values in asked.grid_l1] or None,
             lr=asked.grid_lr or None,
-            executor=shared,
+            executor=shared or own,
             eval_streams=[],
             reset_optimizer_state=True,
         )
@@ -213,7 +217,7 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
         seed=derive(setup.seed, "clnp"),
     )
     learner = CLNPLearner(setup.strategy(settings, [plugin]), settings, plugin)
-    learner.shared = setup.shared
+    learner.shared, learner.trials = setup.shared, setup.trials
     return learner
 
 

@@ -137,6 +137,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of a file have left that were killed; nobody else may be writing it."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
+
+
 def write(path: Path, record: Record) -> None:
     """Write a record, with a checksum of its contents.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +20,7 @@ from benchmarks.experiment import Experiment, canonical
 from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS
 from benchmarks.process import tune
+from benchmarks.resume import SAVE_EVERY, Stop, Terminated
 from benchmarks.shared import SharedTrials
 from benchmarks.tracking import Mode, Tracker, View
 
@@ -127,20 +126,13 @@ def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -
     return grid
 
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM); handled like Ctrl-C."""
-
-
-def _terminate(_signum: int, _frame: FrameType | None) -> NoReturn:
-    raise Terminated
-
-
 def run_grid(
     grid: Sequence[Cell],
     places: Places,
     device: torch.device,
     wandb: Mode = "auto",
     force: bool = False,
+    save_every: float = SAVE_EVERY,
 ) -> int:
     """Run the cells that have no record yet, and record each as it ends.
 
@@ -158,6 +150,8 @@ def run_grid(
         How to mirror the logs to Weights & Biases.
     force
         Run recorded cells again too.
+    save_every
+        Seconds of training after which the state within a task is saved.
 
     Returns
     -------
@@ -192,6 +186,7 @@ def run_grid(
         lambda cell, record: records.write(cell.record_path(places.records), record),
         wandb,
         recorded=lambda cell: not force and recorded(cell, places),
+        save_every=save_every,
     )
 
 
@@ -206,6 +201,7 @@ def run_cells(
     share_first: bool = False,
     lost: Callable[[Cell, Exception], None] | None = None,
     recorded: Callable[[Cell], bool] = lambda cell: False,
+    save_every: float = SAVE_EVERY,
 ) -> int:
     """Run cells of one experiment, one after another, and keep each record as it comes.
 
@@ -234,6 +230,8 @@ def run_cells(
         Told of each cell that fails, and why.
     recorded
         Tells whether a cell has a record by now.
+    save_every
+        Seconds of training after which the state within a task is saved.
 
     Returns
     -------
@@ -246,9 +244,9 @@ def run_cells(
         torch.set_num_threads(threads)
     failed, elsewhere = [], []
     unfinished: set[str | None] = set()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    stop = Stop()
     try:
-        with View(len(todo)) as view, ExitStack() as claims:
+        with stop.listening(), View(len(todo)) as view, ExitStack() as claims:
             for place, cell in enumerate(todo):
                 folder = cell.run_dir(runs)
                 mine = claims.enter_context(claimed(folder))
@@ -263,7 +261,7 @@ def run_cells(
                 others = [*todo[:place], *todo[place + 1 :]]
                 shared = trials(cell, others, runs, git, device)
                 tracker = Tracker(cell.run_dir(runs), wandb, view)
-                options = (tracker, first, shared, lost)
+                options = (tracker, first, shared, lost, stop, save_every)
                 error = _run_one(cell, images, device, git, runs, keep, *options)
                 if error:
                     failed.append(error)
@@ -276,19 +274,27 @@ def run_cells(
                 shared := trials(cell, [], runs, git, device)
             ):
                 shared.forget()
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as stopped:
         print(
-            f"Stopped in {cell.name}. Finished cells are recorded, and the finished tasks of this "
-            f"one are saved in {cell.run_dir(runs)}: the same command goes on from there."
+            f"Stopped in {cell.name}. Finished cells are recorded; of this one {saved(cell, runs)}."
+            " The same command goes on from there."
         )
-        return 143 if isinstance(stop, Terminated) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return 143 if isinstance(stopped, Terminated) else 130
     if elsewhere:
         print(f"{len(elsewhere)} of {len(todo)} cells run elsewhere:", *elsewhere, sep="\n  ")
     if failed:
         print(f"{len(failed)} of {len(todo)} cells failed:", *failed, sep="\n  ")
     return 1 if failed else 0
+
+
+def saved(cell: Cell, runs: Path) -> str:
+    """Return what of an unfinished cell is saved, and where."""
+    folder, kept = cell.run_dir(runs), []
+    if (folder / cells.STATE).exists():
+        kept.append("the finished tasks")
+    if (folder / cells.TRAINING).exists():
+        kept.append("the task in training")
+    return f"{' and '.join(kept)} are saved in {folder}" if kept else "nothing has been to save yet"
 
 
 def first_state(cell: Cell, runs: Path) -> Path:
@@ -323,15 +329,19 @@ def _run_one(
     first: Path | None,
     shared: SharedTrials | None,
     lost: Callable[[Cell, Exception], None] | None,
+    stop: Stop,
+    save_every: float,
 ) -> str | None:
     """Run a cell and hand its record on; return what went wrong, or None."""
     folder = cell.run_dir(runs)
     trace = folder / "traceback.txt"
     failed = True
     try:
-        record = cells.run(cell, images, device, folder, git, tracker.announce, first, shared)
+        options = (tracker.announce, first, shared, stop, save_every)
+        record = cells.run(cell, images, device, folder, git, *options)
         keep(cell, record)
-        (folder / cells.STATE).unlink(missing_ok=True)
+        for name in (cells.STATE, cells.TRAINING):
+            (folder / name).unlink(missing_ok=True)
         trace.unlink(missing_ok=True)
         failed = False
     except Exception as error:  # whatever it is, the other cells go on

@@ -6,8 +6,10 @@ strategy trains on one task's data (or a subset of it), `ResidentData` hands out
 by index on the device, at a small fraction of a stock loader's cost.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +23,6 @@ from avalanche.benchmarks.utils.classification_dataset import (
 )
 from avalanche.benchmarks.utils.flat_data import FlatData
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
-from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -29,6 +30,7 @@ from benchmarks.data import Images
 from benchmarks.errors import UserError
 from benchmarks.models import MultiHead
 from benchmarks.precision import bf16
+from benchmarks.resume import Resumable
 
 Precision = Literal["fp32", "bf16"]
 
@@ -151,7 +153,35 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-class ResidentLoader:
+class Loader(ABC):
+    """Batches, of which an epoch can leave out those that an interrupted one has done.
+
+    Attributes
+    ----------
+    skip
+        Batches that the next iteration leaves out at its beginning; their random numbers are drawn.
+    """
+
+    skip = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[list[Tensor]]:
+        """Serve all batches of an epoch."""
+
+    @abstractmethod
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators that an epoch draws from."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        skip, self.skip = self.skip, 0
+        return islice(self.batches(), skip, None)
+
+
+class ResidentLoader(Loader):
     """Batches of a resident data set, gathered by index.
 
     Parameters
@@ -196,7 +226,12 @@ class ResidentLoader:
         full, rest = divmod(len(self.indices), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def generators(self) -> list[torch.Generator]:
+        """Return its own, if the order is drawn."""
+        return [] if self.generator is None else [self.generator]
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """Serve all samples once."""
         order = self.indices
         if self.generator is not None:
             shuffle = torch.randperm(len(order), generator=self.generator)
@@ -260,7 +295,7 @@ def _order(size: int, generator: torch.Generator | None) -> Tensor:
     return torch.arange(size) if generator is None else torch.randperm(size, generator=generator)
 
 
-class JointLoader:
+class JointLoader(Loader):
     """Batches of several resident data sets at once, gathered by index.
 
     Samples of a batch stand in the order of their tasks. All index tensors go to the device once
@@ -303,7 +338,12 @@ class JointLoader:
             return len(self._plan(None)[1])
         return -(-sum(len(chosen) for chosen in self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def generators(self) -> list[torch.Generator]:
+        """Return its own, if the order is drawn."""
+        return [] if self.generator is None else [self.generator]
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """Serve the batches of `plan_epoch`."""
         orders, counts = self._plan(self.generator)
         samples = [
             chosen[order].to(dataset.images.device)
@@ -323,7 +363,7 @@ class JointLoader:
             yield batch
 
 
-class ReplayLoader:
+class ReplayLoader(Loader):
     """Batches of new data, each joined by a batch of a memory; an epoch is one of the new data.
 
     Parameters
@@ -339,7 +379,12 @@ class ReplayLoader:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
+    def generators(self) -> list[torch.Generator]:
+        """Return those of the new data and of the memory."""
+        return [*self.data.generators(), *self.memory.generators()]
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        """Serve all new data once."""
         memory: Iterator[list[Tensor]] = iter(())
         for new in self.data:
             old = next(memory, None)
@@ -431,7 +476,7 @@ def _transforms(node: FlatData[Any]) -> bool:
     )
 
 
-class ResidentData(SupervisedTemplate):
+class ResidentData(Resumable):
     """Strategy mixin that serves resident data by index: `class Fast(ResidentData, Naive)`.
 
     What a strategy trains or evaluates on is `adapted_dataset`. If that is one ResidentDataset or a

@@ -8,10 +8,10 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.cell import FORMAT, load_state, save_state
+from benchmarks.records import remove_leftovers
+from benchmarks.resume import FORMAT, load_state, pack_random, save_state, unpack_random
 from clnp.plugin import Outcome
 from clnp.search import Trial
 
@@ -77,6 +77,7 @@ class SharedTrials(Executor):
         """Delete the files."""
         for path in self.files():
             path.unlink(missing_ok=True)
+            remove_leftovers(path)
 
 
 def pack(trial: Trial) -> dict[str, Any]:
@@ -84,14 +85,11 @@ def pack(trial: Trial) -> dict[str, Any]:
     state = {field.name: getattr(trial, field.name) for field in dataclasses.fields(trial)}
     assert trial.outcome is not None
     state["outcome"] = vars(trial.outcome) | {"tensors": list(trial.outcome.tensors)}
-    kind, keys, *rest = trial.random["numpy"]
-    state["random"] = trial.random | {"numpy": [kind, keys.tolist(), *rest]}
+    state["random"] = pack_random(trial.random)
     return state
 
 
 def unpack(state: dict[str, Any]) -> Trial:
     """Return the trial that was packed."""
     outcome = Outcome(**state["outcome"] | {"tensors": tuple(state["outcome"]["tensors"])})
-    kind, keys, *rest = state["random"]["numpy"]
-    numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
-    return Trial(**state | {"outcome": outcome, "random": state["random"] | {"numpy": numpy}})
+    return Trial(**state | {"outcome": outcome, "random": unpack_random(state["random"])})

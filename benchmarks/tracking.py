@@ -1,6 +1,7 @@
 """What happens in a cell, as events: a JSONL log, a view on the terminal, a mirror at W&B.
 
-An event is a dict whose key ``event`` is start, epoch, task, end or failed (see `benchmarks.cell`).
+An event is a dict whose key ``event`` is start, epoch, task, warning, end or failed (see
+`benchmarks.cell`).
 It is announced once; each of the three here makes of it what it can show.
 """
 
@@ -83,8 +84,12 @@ class View:
                 self._name, self._tasks = event["cell"], event["tasks"]
                 if event["ignored"]:
                     self.line(f"{self._name}: {event['ignored']}")
-                if event["learnt"]:
-                    self.line(f"{self._name}: going on after task {event['learnt']}/{self._tasks}")
+                if event["learnt"] or event["epoch"] is not None:
+                    where = f"after task {event['learnt']}/{self._tasks}"
+                    if event["epoch"] is not None:
+                        task = f"task {event['learnt'] + 1}/{self._tasks}"
+                        where = f"in {task}, epoch {event['epoch'] + 1}"
+                    self.line(f"{self._name}: going on {where}")
                 if self._cell is not None:  # one that stopped without an end
                     self.progress.remove_task(self._cell)
                 self._cell = self.progress.add_task(
@@ -101,6 +106,8 @@ class View:
                         f"{event['seconds']:.0f} s, {kind} {percent(seen[-1])}, "
                         f"mean of the learnt {percent(sum(seen) / len(seen))}"
                     )
+            case "warning":
+                self.line(f"{self._name}: {event['text']}")
             case "end" | "failed":
                 if self._cell is not None:
                     self.progress.remove_task(self._cell)
@@ -131,11 +138,16 @@ class Log:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "log.jsonl").open("a")
+        self._file = (folder / "log.jsonl").open("a+b")
+        if self._file.tell():  # a process that was killed may have left half a line
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
 
     def announce(self, event: Event) -> None:
         """Append an event."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
+        self._file.write(line.encode())
         self._file.flush()
 
     def close(self) -> None:
@@ -203,7 +215,8 @@ class Mirror:
 
         # A resumed cell goes on in its run; a new start of the same cell is a new run.
         name = self.folder / "wandb-id"
-        if not (event["learnt"] and name.exists()):
+        going_on = event["learnt"] or event["epoch"] is not None
+        if not (going_on and name.exists()):
             name.write_text(f"{event['hash'][:8]}-{uuid.uuid4().hex[:8]}")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "clnp"),

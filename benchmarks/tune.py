@@ -25,6 +25,7 @@ from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
+from benchmarks.resume import SAVE_EVERY
 from benchmarks.runner import git_state, run_cells
 
 FIRST_SEED = 100
@@ -99,7 +100,12 @@ def request(
 
 
 def run(
-    asked: Request, tuning: Path, runs: Path, data: Path | None, device: torch.device
+    asked: Request,
+    tuning: Path,
+    runs: Path,
+    data: Path | None,
+    device: torch.device,
+    save_every: float = SAVE_EVERY,
 ) -> tuple[int, Tuning]:
     """Train the candidates that the result lacks, and write the result after each of them.
 
@@ -111,6 +117,8 @@ def run(
         Folders of the results, of logs and resume states, and of the data sets.
     device
         Where to train.
+    save_every
+        Seconds of training after which the state within a task is saved.
 
     Returns
     -------
@@ -180,7 +188,8 @@ def run(
         if not mine:
             where = folder / asked.experiment.name / asked.method.name
             raise UserError(f"{asked.method.name} is being tuned already, by {named(where)}.")
-        code = run_cells(todo, images, device, git, folder, keep, share_first=True, lost=lost)
+        more: dict[str, Any] = {"share_first": True, "lost": lost, "save_every": save_every}
+        code = run_cells(todo, images, device, git, folder, keep, **more)
     if code == 0:
         records.write_tuning(path, result())
     return code, result()

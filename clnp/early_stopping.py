@@ -1,6 +1,7 @@
 """Which epoch's weights a task keeps (paper, Sec. 3.2: early stopping on validation data)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +45,15 @@ class LatestWithinMargin:
         """Put the kept epoch's values back."""
         if self._copies:
             torch._foreach_copy_(self._tensors, self._copies)
+
+    def state(self) -> dict[str, Any]:
+        """The kept epoch and its values, to be saved within a training."""
+        return {"epoch": self.epoch, "copies": self._copies}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`, with the same tensors."""
+        self.epoch = state["epoch"]
+        self._copies = [
+            copy.to(tensor.device, copy=True)
+            for copy, tensor in zip(state["copies"], self._tensors, strict=bool(state["copies"]))
+        ]

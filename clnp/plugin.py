@@ -516,6 +516,29 @@ class CLNPPlugin(SupervisedPlugin):
         if state.get("l1") is not None:
             self.l1 = state["l1"]
 
+    def training_state(self) -> dict[str, Any]:
+        """What a task in training has gathered: tensors, numbers and lists.
+
+        Notes
+        -----
+        To stop within a task and go on bit for bit, save this, :meth:`state_dict` from before the
+        task, ``model.state_dict()`` (which holds nothing but the free rows while a task trains),
+        the optimizer's state and all generators. There, load the state from before, begin to train
+        the task, and in the first epoch's ``before_training_epoch`` give all the rest back; the
+        ``Resumable`` strategies in ``benchmarks/resume.py`` of this project do so.
+        """
+        kept = self._kept
+        return {
+            "validation_accuracy": list(self.validation_accuracy),
+            "kept": None if kept is None else kept.state(),
+        }
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`training_state`, when the task has begun."""
+        self.validation_accuracy = list(state["validation_accuracy"])
+        if self._kept is not None:
+            self._kept.load_state(state["kept"])
+
     # -- a task's life ---------------------------------------------------------------------------
 
     def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Before torch, numpy or wandb are imported, and inherited by the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,3 +46,35 @@ def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     np.random.seed(0)  # noqa: NPY002, for libraries that draw from the global generator
     torch.manual_seed(0)
     monkeypatch.setattr(socket.socket, "connect", connect_to_this_machine)
+
+
+class Steps:
+    """Counts the steps of all trainings of cells, and lets SIGTERM come during one of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.stop: int | None = None
+
+    @contextmanager
+    def stopping(self, step: int) -> Iterator[None]:
+        """Let the signal come during the step of that number, counted from 1."""
+        self.stop = step
+        yield
+        self.stop = None
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Count the steps that a test trains."""
+    from benchmarks.resume import Saver
+
+    counted, real = Steps(), Saver.after_step
+
+    def after_step(saver: Saver, strategy: object) -> None:
+        counted.count += 1
+        if counted.count == counted.stop:
+            saver.stop.asked = signal.SIGTERM
+        real(saver, strategy)
+
+    monkeypatch.setattr(Saver, "after_step", after_step)
+    return counted

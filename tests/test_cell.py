@@ -18,11 +18,15 @@ from benchmarks.learners import Settings
 from benchmarks.methods import METHODS, CLNPSettings, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
+from benchmarks.resume import Terminated, load_state, save_state
 
 TINY = Quickstart(
     tasks=3, epochs=2, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
 )
 QUICK = [name for name, method in METHODS.items() if TINY.preset in method.settings]
+EPOCH = 9
+"""Steps of an epoch."""
+JOINT_EPOCH = 27
 GIT = {"commit": None, "dirty": True}
 
 
@@ -41,10 +45,10 @@ def run(
     images: Images,
     folder: Path,
     announce: Callable[[dict[str, Any]], None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    return cells.run(
-        cell, images, torch.device("cpu"), folder, GIT, announce or (lambda event: None)
-    )
+    announce = announce or (lambda event: None)
+    return cells.run(cell, images, torch.device("cpu"), folder, GIT, announce, **options)
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +138,35 @@ def test_resumed_equals_uninterrupted(
     assert without_times(record) == without_times(finished[method])
 
 
+@pytest.mark.parametrize("method", QUICK)
+@pytest.mark.parametrize(
+    "stop",
+    [4, EPOCH, 2 * EPOCH, 2 * EPOCH + 1, 4 * EPOCH - 2],
+    ids=["within", "epoch's end", "task's end", "second task", "last steps"],
+)
+def test_a_task_goes_on_after_any_step(
+    method: str,
+    stop: int,
+    images: Images,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    steps: Any,
+) -> None:
+    cell = cell_of(method, images=images)
+    with steps.stopping(stop), pytest.raises(Terminated):
+        run(cell, images, tmp_path)
+    assert (tmp_path / cells.TRAINING).exists()
+    torch.manual_seed(99)
+    events: list[dict[str, Any]] = []
+    record = run(cell, images, tmp_path, events.append)
+    assert without_times(record) == without_times(finished[method])
+    assert events[0]["ignored"] is None
+    assert events[0]["epoch"] is not None
+    # No step is taken twice, or left out.
+    assert steps.count == (6 * EPOCH if method != "joint" else 2 * JOINT_EPOCH)
+    assert [path.name for path in tmp_path.iterdir()] == [cells.STATE]
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_damaged_state_is_named_and_ignored(
     damage: str, images: Images, finished: dict[str, Any], tmp_path: Path
@@ -161,7 +194,7 @@ def test_state_is_plain_and_small(method: str, images: Images, tmp_path: Path) -
     cell = cell_of(method, images=images, tasks=2)
     record = run(cell, images, tmp_path)
     path = tmp_path / cells.STATE
-    assert cells.load_state(path, cell.hash)["accuracy"] == record["accuracy"]
+    assert load_state(path, cell.hash)["course"]["accuracy"] == record["accuracy"]
     # The weights, the probes of the drift, some numbers; an optimizer's state if carried over.
     probes = 2 * 360 * 10
     carried = 0 if cell.settings.reset_optimizer else 2 * record["parameters"]["trainable"]
@@ -234,7 +267,7 @@ def test_a_grid_of_one_is_plain_training_with_fine_tuning_too(
 
 def test_a_state_of_another_format_is_not_used(images: Images, tmp_path: Path) -> None:
     cell = cell_of("clnp", images=images)
-    cells.save_state(tmp_path / cells.STATE, {"hash": cell.hash, "learner": {}})
+    save_state(tmp_path / cells.STATE, {"hash": cell.hash, "learner": {}})
     events: list[dict[str, Any]] = []
     run(cell, images, tmp_path, events.append)
     assert "another version of the code" in events[0]["ignored"]

@@ -27,6 +27,7 @@ START = {
     "config": {"experiment": {"name": "quickstart"}},
     "tasks": 2,
     "learnt": 0,
+    "epoch": None,
     "ignored": None,
 }
 EPOCH = {
