@@ -65,9 +65,10 @@ def peer(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Run the property tests on 2,000 random networks (options go to pytest)."""
+    """Test 2,000 random networks, and cells killed at 100 moments (options go to pytest)."""
     options = ("--hypothesis-profile=fuzz", "--hypothesis-show-statistics")
-    run_module(session, "pytest", "tests/test_properties.py", *options, *session.posargs)
+    files = ("tests/test_properties.py", "tests/test_kill.py")
+    run_module(session, "pytest", *files, *options, *session.posargs)
 
 
 @nox.session

@@ -160,6 +160,7 @@ def write(path: Path, record: Record) -> None:
     if wrong := problem(record):
         raise ValueError(f"refusing to write a broken record to {path}: {wrong}")
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+    remove_leftovers(path)
 
 
 TUNING: dict[str, type | tuple[type, ...]] = {
@@ -211,6 +212,7 @@ def write_tuning(path: Path, result: Tuning) -> None:
     """
     whole = {**result, "checksum": _checksum(result)}
     write_atomically(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
+    remove_leftovers(path)
 
 
 def disagreements(recorded: Any, today: Any, prefix: str = "") -> list[str]:

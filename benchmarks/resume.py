@@ -35,7 +35,7 @@ FORMAT = 3
 SAVE_EVERY = 300.0
 """Seconds of training after which its state is saved."""
 SAVE_AT_END = 60.0
-"""Seconds since the last saving after which the end of a task's training is saved: what follows it
+"""Seconds since the last saving after which the end of a task's epochs is saved: what follows them
 (cutting, fine-tuning, evaluating) has no steps of its own to go on from."""
 LEAST_RATIO = 50.0
 """Training lasts at least so many times as long as the saving that it waits for: 2 % at most."""
@@ -46,10 +46,10 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: within an epoch the running step ends and is saved first.
+    """Ctrl-C and SIGTERM: within the epochs of a task the running step ends and is saved first.
 
-    Between epochs (evaluating, cutting) the process stops at once, since what is saved stands. A
-    second signal always stops at once.
+    After them (cutting, evaluating) the process stops at once, since what is saved stands. A second
+    signal always stops at once.
     """
 
     def __init__(self) -> None:
@@ -117,7 +117,6 @@ class Saver:
         self._last = time.monotonic()
         self._cost = 0.0  # seconds that the last saving took
         self._order: list[torch.Tensor] = []
-        self._steps = 0
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Saver:
         """Serve the candidates of a search, which train in copies of the strategy, too."""
@@ -132,9 +131,7 @@ class Saver:
 
     def begin_epoch(self, strategy: Any) -> None:
         """Note from where the epoch's order of the data is drawn."""
-        loader = strategy.dataloader
-        self._order = [generator.get_state() for generator in _generators(loader)]
-        self._steps = len(loader)
+        self._order = _order(strategy)
 
     def after_step(self, strategy: Any) -> None:
         """Save if it is time to, or if a signal has come, which then has its way.
@@ -144,25 +141,29 @@ class Saver:
         KeyboardInterrupt
             As `Stop.error` says.
         """
+        if self.stop.asked is not None or self._due(self.every):
+            self.save(strategy, self._order, strategy.clock.train_epoch_iterations)
         if self.stop.asked is not None:
-            self.save(strategy)
             raise self.stop.error()
-        passed, clock = time.monotonic() - self._last, strategy.clock
-        if passed < max(min(SAVE_AT_END, self.every), LEAST_RATIO * self._cost):
-            return
-        last = (clock.train_exp_epochs, clock.train_epoch_iterations) == (
-            strategy.train_epochs - 1,
-            self._steps,
-        )
-        if last or passed >= self.every:
-            self.save(strategy)
 
-    def save(self, strategy: Any) -> None:
+    def after_epoch(self, strategy: Any) -> None:
+        """Do the same between epochs, and after the last one sooner."""
+        last = strategy.clock.train_exp_epochs == strategy.train_epochs
+        every = min(SAVE_AT_END, self.every) if last else self.every
+        if self.stop.asked is not None or self._due(every):
+            self.save(strategy, _order(strategy), None)
+        if self.stop.asked is not None:
+            raise self.stop.error()
+
+    def _due(self, every: float) -> bool:
+        return time.monotonic() - self._last >= max(every, LEAST_RATIO * self._cost)
+
+    def save(self, strategy: Any, order: list[torch.Tensor], skip: int | None) -> None:
         """Save the state, if the strategy serves data whose order can be drawn again."""
         if not hasattr(strategy.dataloader, "skip"):
             return
         began = time.monotonic()
-        self.write(_of(strategy) | {"training": snapshot(strategy, self._order)})
+        self.write(_of(strategy) | {"training": snapshot(strategy, order, skip)})
         self._last = time.monotonic()
         self._cost = self._last - began
 
@@ -176,51 +177,66 @@ class Resumable(SupervisedTemplate):
     saver: Saver | None = None
     _going_on: State | None = None
 
+    def __init__(self, **kwargs: Any) -> None:
+        # Without it Avalanche's templates would skip what stands between them and this class.
+        super().__init__(**kwargs)
+
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        saved = self.saver.take(self) if self.saver is not None and self.train_epochs else None
-        if saved is None:
+        saver, whole = self.saver, self.train_epochs
+        if saver is None or not whole:
             super()._train_exp(experience, eval_streams, **kwargs)
             return
-        self._going_on = saved
-        for _ in range(saved["clock"]["train_exp_epochs"], self.train_epochs):
-            self._before_training_epoch(**kwargs)
-            self.training_epoch(**kwargs)
-            self._after_training_epoch(**kwargs)
+        saved = saver.take(self)
+        with saver.stop.deferred():
+            if saved is None:
+                super()._train_exp(experience, eval_streams, **kwargs)
+                return
+            if saved["skip"] is None:  # between epochs; else the epoch's hooks come first
+                restore(self, saved)
+            else:
+                self._going_on = saved
+            for _ in range(saved["clock"]["train_exp_epochs"], whole):
+                self._before_training_epoch(**kwargs)
+                self.training_epoch(**kwargs)
+                self._after_training_epoch(**kwargs)
 
     def training_epoch(self, **kwargs: Any) -> None:
         """Train an epoch, or what is left of it."""
         if self._going_on is not None:
             restore(self, self._going_on)
             self._going_on = None
-        if self.saver is None:
-            super().training_epoch(**kwargs)
-            return
-        self.saver.begin_epoch(self)
-        with self.saver.stop.deferred():
-            super().training_epoch(**kwargs)
-            if self.saver.stop.asked is not None:  # came after the last step's look
-                self.saver.after_step(self)
+        if self.saver is not None:
+            self.saver.begin_epoch(self)
+        super().training_epoch(**kwargs)
 
     def _after_training_iteration(self, **kwargs: Any) -> None:
         super()._after_training_iteration(**kwargs)
         if self.saver is not None:
             self.saver.after_step(self)
 
+    def _after_training_epoch(self, **kwargs: Any) -> None:
+        super()._after_training_epoch(**kwargs)
+        if self.saver is not None:
+            self.saver.after_epoch(self)
 
-def snapshot(strategy: Any, order: list[torch.Tensor]) -> State:
+
+def snapshot(strategy: Any, order: list[torch.Tensor], skip: int | None) -> State:
     """Return all that the steps of a training have changed, with references to live tensors.
 
     Parameters
     ----------
     strategy
-        Within an epoch, after a step.
+        After a step or an epoch.
     order
-        States of the loader's generators when the epoch began.
+        States of the loader's generators when the epoch began; between epochs, those of now.
+    skip
+        How many steps of the epoch are done; None between epochs.
     """
     return {
         "clock": {k: v for k, v in vars(strategy.clock).items() if isinstance(v, int)},
         "random": pack_random(random_state(strategy.device)),
         "order": order,
+        "skip": skip,
         "model": strategy.model.state_dict(),
         "optimizer": strategy.optimizer.state_dict(),
         "schedules": [_plain(plugin.scheduler) for plugin in _schedules(strategy)],
@@ -234,7 +250,8 @@ def restore(strategy: Any, state: State) -> None:
     Parameters
     ----------
     strategy
-        At the beginning of the epoch in which the snapshot was taken, all hooks of which have run.
+        At the beginning of the epoch in which the snapshot was taken, all hooks of which have run;
+        or, if it was taken between epochs, before them.
     state
         From `snapshot`.
     """
@@ -246,7 +263,7 @@ def restore(strategy: Any, state: State) -> None:
         vars(plugin.scheduler).update(own)
     for generator, own in zip(_generators(strategy.dataloader), state["order"], strict=True):
         generator.set_state(own)
-    strategy.dataloader.skip = state["clock"]["train_epoch_iterations"]
+    strategy.dataloader.skip = state["skip"] or 0
     vars(strategy.clock).update(state["clock"])
     set_random_state(unpack_random(state["random"]), strategy.device)
 
@@ -276,6 +293,10 @@ def _of(strategy: Any) -> State:
 def _generators(loader: Any) -> list[torch.Generator]:
     found: list[torch.Generator] = loader.generators() if hasattr(loader, "generators") else []
     return found
+
+
+def _order(strategy: Any) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in _generators(strategy.dataloader)]
 
 
 def _gathering(strategy: Any) -> list[Any]:

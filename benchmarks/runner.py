@@ -276,8 +276,8 @@ def run_cells(
                 shared.forget()
     except KeyboardInterrupt as stopped:
         print(
-            f"Stopped in {cell.name}. Finished cells are recorded; of this one {saved(cell, runs)}."
-            " The same command goes on from there."
+            f"Stopped in {cell.name}. Finished cells are recorded. {saved(cell, runs)} The same "
+            "command goes on from there."
         )
         return 143 if isinstance(stopped, Terminated) else 130
     if elsewhere:
@@ -288,13 +288,13 @@ def run_cells(
 
 
 def saved(cell: Cell, runs: Path) -> str:
-    """Return what of an unfinished cell is saved, and where."""
-    folder, kept = cell.run_dir(runs), []
-    if (folder / cells.STATE).exists():
-        kept.append("the finished tasks")
-    if (folder / cells.TRAINING).exists():
-        kept.append("the task in training")
-    return f"{' and '.join(kept)} are saved in {folder}" if kept else "nothing has been to save yet"
+    """Say what of an unfinished cell is saved, and where."""
+    folder = cell.run_dir(runs)
+    files = {cells.STATE: "its finished tasks", cells.TRAINING: "the task in training"}
+    kept = [what for name, what in files.items() if (folder / name).exists()]
+    if not kept:
+        return "Of this one there was nothing to save yet."
+    return f"Of this one {folder} holds {' and '.join(kept)}."
 
 
 def first_state(cell: Cell, runs: Path) -> Path:

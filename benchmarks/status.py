@@ -58,9 +58,13 @@ def state(cell: Cell, places: runner.Places, now: float) -> State:
     if trace.exists():
         lines = trace.read_text(errors="replace").strip().splitlines()
         return State(cell, "failed", f"{lines[-1] if lines else 'unknown'} (see {trace})")
-    if (folder / cells.STATE).exists():
-        learnt = [event["task"] + 1 for event in events if event.get("event") == "task"]
-        return State(cell, "stopped", f"after task {max(learnt, default=0)}; run it to go on")
+    if any((folder / name).exists() for name in (cells.STATE, cells.TRAINING)):
+        known = {"start": lambda e: e.get("learnt", 0), "task": lambda e: e.get("task", 0) + 1}
+        learnt = max((known[e["event"]](e) for e in events if e["event"] in known), default=0)
+        where = f"after task {learnt}"
+        if (folder / cells.TRAINING).exists():
+            where = f"in task {learnt + 1}"
+        return State(cell, "stopped", f"{where}; run it to go on")
     return State(cell, "missing", "")
 
 

@@ -54,11 +54,15 @@ class Steps:
     def __init__(self) -> None:
         self.count = 0
         self.stop: int | None = None
+        self.between = False
 
     @contextmanager
-    def stopping(self, step: int) -> Iterator[None]:
-        """Let the signal come during the step of that number, counted from 1."""
-        self.stop = step
+    def stopping(self, step: int, between: bool = False) -> Iterator[None]:
+        """Let the signal come during the step of that number, counted from 1.
+
+        Or after the epoch that the step ends, while that is evaluated.
+        """
+        self.stop, self.between = step, between
         yield
         self.stop = None
 
@@ -68,13 +72,19 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     """Count the steps that a test trains."""
     from benchmarks.resume import Saver
 
-    counted, real = Steps(), Saver.after_step
+    counted, after_step, after_epoch = Steps(), Saver.after_step, Saver.after_epoch
 
-    def after_step(saver: Saver, strategy: object) -> None:
+    def step(saver: Saver, strategy: object) -> None:
         counted.count += 1
-        if counted.count == counted.stop:
+        if counted.count == counted.stop and not counted.between:
             saver.stop.asked = signal.SIGTERM
-        real(saver, strategy)
+        after_step(saver, strategy)
 
-    monkeypatch.setattr(Saver, "after_step", after_step)
+    def epoch(saver: Saver, strategy: object) -> None:
+        if counted.count == counted.stop and counted.between:
+            saver.stop.asked = signal.SIGTERM
+        after_epoch(saver, strategy)
+
+    monkeypatch.setattr(Saver, "after_step", step)
+    monkeypatch.setattr(Saver, "after_epoch", epoch)
     return counted

@@ -140,20 +140,26 @@ def test_resumed_equals_uninterrupted(
 
 @pytest.mark.parametrize("method", QUICK)
 @pytest.mark.parametrize(
-    "stop",
-    [4, EPOCH, 2 * EPOCH, 2 * EPOCH + 1, 4 * EPOCH - 2],
-    ids=["within", "epoch's end", "task's end", "second task", "last steps"],
+    ("stop", "between"),
+    [
+        *((4, False), (EPOCH, False), (2 * EPOCH, False), (4 * EPOCH - 2, False)),
+        *((EPOCH, True), (2 * EPOCH, True)),
+    ],
+    ids=["within", "epoch's end", "task's end", "second task", "between", "after the last epoch"],
 )
 def test_a_task_goes_on_after_any_step(
     method: str,
     stop: int,
+    between: bool,
     images: Images,
     finished: dict[str, Any],
     tmp_path: Path,
     steps: Any,
 ) -> None:
     cell = cell_of(method, images=images)
-    with steps.stopping(stop), pytest.raises(Terminated):
+    if method == "joint":  # its epochs are thrice as long, and are all in the last task
+        stop = {4 * EPOCH - 2: 2 * JOINT_EPOCH}.get(stop, stop * (3 if between else 1))
+    with steps.stopping(stop, between), pytest.raises(Terminated):
         run(cell, images, tmp_path)
     assert (tmp_path / cells.TRAINING).exists()
     torch.manual_seed(99)

@@ -17,6 +17,7 @@ import benchmarks.cell
 from benchmarks import runner
 from benchmarks.__main__ import Run, experiment_of, main
 from benchmarks.errors import UserError
+from benchmarks.learners import LinearDecay
 from benchmarks.methods import METHODS
 from benchmarks.tracking import Tracker
 
@@ -184,9 +185,11 @@ def test_a_failing_cell_does_not_stop_the_others(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
 )
+@pytest.mark.parametrize("when", ["after a task", "in a step"])
 def test_a_stopped_run_says_how_to_go_on_and_goes_on(
     number: int,
     code: int,
+    when: str,
     run: Call,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -199,20 +202,31 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(
 
     def stop(self: Tracker, event: dict[str, Any]) -> None:
         announce(self, event)
-        if event["event"] == "task" and event["task"] == 0:
+        if event["event"] == "task" and event["task"] == 0 and when == "after a task":
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Tracker, "announce", stop)
-    assert run(*grid) == code
+    update = LinearDecay.before_update
+
+    def stop_in_step(self: LinearDecay, strategy: Any, **more: Any) -> None:
+        update(self, strategy, **more)
+        if self._step == 3 and when == "in a step":
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "announce", stop)
+        patch.setattr(LinearDecay, "before_update", stop_in_step)
+        assert run(*grid) == code
     out = capsys.readouterr().out
     assert "goes on from there" in out
     assert not list(tmp_path.glob("records/*/*/*.json"))
-    (state,) = tmp_path.rglob("state.pt")
-    assert str(state.parent) in out
+    (state,) = tmp_path.rglob("*.pt")
+    assert state.name == {"after a task": "state.pt", "in a step": "training.pt"}[when]
+    saved = {"after a task": "its finished tasks", "in a step": "the task in training"}[when]
+    assert f"Of this one {state.parent} holds {saved}." in out
 
-    monkeypatch.setattr(Tracker, "announce", announce)
     assert run(*grid) == 0
-    assert "going on after task 1/2" in capsys.readouterr().out
+    where = {"after a task": "after task 1/2", "in a step": "in task 1/2, epoch 1"}[when]
+    assert f"going on {where}" in capsys.readouterr().out
     resumed = json.loads(record_of(tmp_path, "finetune", 0).read_text())
     assert run(*grid, "--force") == 0
     straight = json.loads(record_of(tmp_path, "finetune", 0).read_text())

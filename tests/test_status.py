@@ -91,6 +91,17 @@ def test_a_cell_from_missing_to_recorded(cell: Cell, places: Places) -> None:
     assert recorded.detail == f"{100 * sum(final) / 3:.2f} %"
 
 
+def test_a_cell_stopped_within_a_task_is_stopped(cell: Cell, places: Places, steps: Any) -> None:
+    stop_after(cell, places, "task", 0)
+    folder = cell.run_dir(places.runs)
+    with View(1) as view, steps.stopping(4):
+        tracker = Tracker(folder, "disabled", view)
+        with pytest.raises(KeyboardInterrupt):
+            cells.run(cell, load("digits"), CPU, folder, GIT, tracker.announce)
+        tracker.close()
+    assert state(cell, places).detail == "in task 2; run it to go on"
+
+
 def test_a_failed_cell_tells_why(places: Places) -> None:
     method = dataclasses.replace(METHODS["finetune"], settings={"quickstart": Settings(lr=1e38)})
     cell = Cell(TINY, method, 0, data.content("digits"))
