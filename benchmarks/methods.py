@@ -908,7 +908,7 @@ METHODS: dict[str, Method[Any]] = {
             name="hat",
             build=_hat,
             settings={
-                "pmnist": HATSettings(epochs=25, smax=100.0, embedding_lr=0.01),
+                "pmnist": HATSettings(epochs=25),
                 "quickstart": HATSettings(lr=0.004, epochs=40),
                 **{name: HATSettings(smax=100.0, embedding_lr=0.01) for name in _NARROW},
             },

@@ -93,7 +93,7 @@ def test_a_cell_from_missing_to_recorded(cell: Cell, places: Places) -> None:
 
 def test_a_cell_stopped_within_a_task_is_stopped(cell: Cell, places: Places, steps: Any) -> None:
     stop_after(cell, places, "task", 0)
-    folder = cell.run_dir(places.runs)
+    steps.count, folder = 0, cell.run_dir(places.runs)
     with View(1) as view, steps.stopping(4):
         tracker = Tracker(folder, "disabled", view)
         with pytest.raises(KeyboardInterrupt):
