@@ -479,7 +479,7 @@ def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
     return SuperpositionLearner(setup.strategy(settings, [plugin], model=model), settings, plugin)
 
 
-SUPERPOSITION_PMNIST = SuperpositionSettings(
+SUPERPOSITION_SOURCE = SuperpositionSettings(
     lr=1e-4,
     epochs=10,
     decay_from=1.0,
@@ -488,11 +488,14 @@ SUPERPOSITION_PMNIST = SuperpositionSettings(
     batch_size=128,
     gain=1.73,
 )
+SUPERPOSITION_PMNIST = dataclasses.replace(
+    SUPERPOSITION_SOURCE, optimizer="adam", lr=3e-4, decay_from=0.7
+)
 SUPERPOSITION_GRID = (
+    SUPERPOSITION_SOURCE,
+    dataclasses.replace(SUPERPOSITION_SOURCE, epochs=3),  # the source's number of steps
+    dataclasses.replace(SUPERPOSITION_SOURCE, gain=3.0),
     SUPERPOSITION_PMNIST,
-    dataclasses.replace(SUPERPOSITION_PMNIST, epochs=3),  # the source's number of steps
-    dataclasses.replace(SUPERPOSITION_PMNIST, gain=3.0),
-    dataclasses.replace(SUPERPOSITION_PMNIST, optimizer="adam", lr=3e-4, decay_from=0.7),
 )
 SUPERPOSITION_QUICKSTART = SuperpositionSettings(
     lr=0.001, epochs=40, decay_from=1.0, optimizer="rmsprop", reset_optimizer=False
