@@ -166,7 +166,7 @@ def build_environment(session: nox.Session, anew: bool = False) -> None:
         pip.append("--quiet")
     # torch first and alone: the later call finds it installed and never looks for another build.
     session.run(*pip, "torch", "torchvision", external=True)
-    session.run(*pip, "-e", f"{ROOT}[benchmarks,dev]", external=True)
+    session.run(*pip, "-e", f"{ROOT}[benchmarks,cluster,dev]", external=True)
     STAMP.write_text(wanted_stamp())
 
 

@@ -10,12 +10,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.cluster import Parallel
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,14 @@ class Run:
     """Settings of methods to change, such as clnp.margin=0.001 clnp.l1=1e-7,1e-5,1e-6."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    workers: int | None = None
+    """Cells at once, on Ray; by default one after another in this process."""
+    ray_address: str | None = None
+    """A running Ray cluster to run on, such as auto or 10.0.0.1:6379."""
+    gpus_per_cell: float | None = None
+    """Share of a GPU that a cell takes on Ray, such as 0.25. (default: 1)"""
+    deterministic: bool = False
+    """Let a GPU give the same bits each time, at some cost; a CPU does in any case."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mirror of the logs at Weights & Biases; auto: online when logged in, else offline."""
     force: bool = False
@@ -84,6 +97,12 @@ class Tune:
     in the registry says, or 3."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    workers: int | None = None
+    """Cells at once, on Ray; by default one after another in this process."""
+    ray_address: str | None = None
+    """A running Ray cluster to run on, such as auto or 10.0.0.1:6379."""
+    gpus_per_cell: float | None = None
+    """Share of a GPU that a cell takes on Ray, such as 0.25. (default: 1)"""
     save_every: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0
     """Minutes of training after which the state within a task is saved; after each task it is."""
     data_dir: Path | None = None
@@ -215,6 +234,32 @@ def experiment_of(options: Run) -> Experiment:
     return preset(**overrides, settings=options.settings)
 
 
+def _on_ray(options: Run | Tune) -> bool:
+    if options.workers is None and options.ray_address is None:
+        if options.gpus_per_cell is not None:
+            raise UserError("--gpus-per-cell needs --workers or --ray-address.")
+        return False
+    return True
+
+
+def _own_device(options: Run | Tune) -> torch.device:
+    """Return where this process has its data: on Ray, cells have their own."""
+    from benchmarks.runner import pick_device
+
+    return pick_device("cpu" if _on_ray(options) else options.device)
+
+
+def _parallel(options: Run | Tune, test: bool = True) -> Parallel | None:
+    """Return how cells run at once, if they do."""
+    if not _on_ray(options):
+        return None
+    from benchmarks.cluster import Parallel
+
+    data = None if options.data_dir is None else options.data_dir.resolve()
+    more = (options.gpus_per_cell, options.device, data, test)
+    return Parallel(options.workers, options.ray_address, *more)
+
+
 def _seconds(minutes: float) -> float:
     if not minutes > 0:
         raise UserError(f"--save-every {minutes:g}: give minutes above 0.")
@@ -224,7 +269,7 @@ def _seconds(minutes: float) -> float:
 def run(options: Run) -> int:
     """Run a grid of cells, rebuild the report and print its main table."""
     from benchmarks.reporting import page
-    from benchmarks.runner import Places, pick_device, plan, run_grid
+    from benchmarks.runner import Places, plan, run_grid
 
     experiment = experiment_of(options)
     if options.seeds and options.n_seeds is not None:
@@ -235,10 +280,12 @@ def run(options: Run) -> int:
     code = run_grid(
         plan(experiment, options.methods or experiment.methods, seeds),
         Places(options.records_dir, options.runs_dir, options.data_dir),
-        pick_device(options.device),
+        _own_device(options),
         options.wandb,
         options.force,
         _seconds(options.save_every),
+        _parallel(options),
+        options.deterministic,
     )
     if code in (0, 1):
         print(page.build(options.records_dir, options.out_dir, [experiment.name]))
@@ -251,7 +298,6 @@ def tune(options: Tune) -> int:
     from benchmarks import tune as tuning
     from benchmarks.errors import pick
     from benchmarks.reporting import page, tables
-    from benchmarks.runner import pick_device
 
     presets = experiments()
     preset = presets[pick("experiment", options.experiment, presets)]
@@ -261,8 +307,9 @@ def tune(options: Tune) -> int:
         options.tuning_dir,
         options.runs_dir,
         options.data_dir,
-        pick_device(options.device),
+        _own_device(options),
         _seconds(options.save_every),
+        _parallel(options, test=False),
     )
     print(page.aligned(tables.tuning_table([result])))
     print(tuning.verdict(result))

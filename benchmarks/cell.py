@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +126,10 @@ class Cell:
         return self.record_path(folder).with_suffix("")
 
 
+def _unheard(_event: dict[str, Any]) -> None:
+    """Hear what happens in another process."""
+
+
 class Monitor(SupervisedPlugin):
     """Announce each epoch: mean training loss, and the validation accuracy if it is measured.
 
@@ -150,6 +155,10 @@ class Monitor(SupervisedPlugin):
         memo[id(self)] = watching
         watching.learner = copy.deepcopy(self.learner, memo)
         return watching
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the listener behind when a candidate trains in another process."""
+        return vars(self) | {"announce": _unheard}
 
     def before_training_epoch(self, _strategy: Any, **_: Any) -> None:
         """Begin a new epoch."""
@@ -224,6 +233,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "bf16": bf16_kernels(device),
+        "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
     }
 
 
@@ -285,6 +295,7 @@ def run(
     shared: SharedTrials | None = None,
     stop: Stop | None = None,
     save_every: float = SAVE_EVERY,
+    candidates: Executor | None = None,
 ) -> records.Record:
     """Train and evaluate a cell, going on from its saved state if there is one.
 
@@ -315,6 +326,8 @@ def run(
         Whose signals end the cell, saved.
     save_every
         Seconds of training after which the state within a task is saved.
+    candidates
+        Where the candidates of a search are trained; None: here.
 
     Returns
     -------
@@ -356,8 +369,8 @@ def run(
     trials: dict[int, SharedTrials] = {}
 
     def trials_of(task: int) -> SharedTrials:
-        name = f"{cell.hash} task {task}"
-        return trials.setdefault(task, SharedTrials(folder / f"task{task}.pt", name, git, device))
+        where, name = folder / f"task{task}.pt", f"{cell.hash} task {task}"
+        return trials.setdefault(task, SharedTrials(where, name, git, device, candidates))
 
     saver = Saver(save_training, within, stop, save_every)
     with warnings.catch_warnings():

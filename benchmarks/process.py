@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -43,3 +44,13 @@ def tune(on: bool = True) -> bool:
         return False
     done = [bool(mallopt(key, value)) for key, value in (KEEP if on else DEFAULT).items()]
     return denormals and all(done)
+
+
+def deterministic() -> None:
+    """Let operations on a GPU give the same bits each time; one that can't is an error.
+
+    To be called before the first of them: cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

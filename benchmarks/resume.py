@@ -88,6 +88,10 @@ class Stop:
             self._deferring = False
 
 
+def _nowhere(_state: State) -> None:
+    """Save nothing."""
+
+
 class Saver:
     """Decides when the state of a training is saved, and hands it back to the training it is of.
 
@@ -121,6 +125,10 @@ class Saver:
     def __deepcopy__(self, _memo: dict[int, Any]) -> Saver:
         """Serve the candidates of a search, which train in copies of the strategy, too."""
         return self
+
+    def __reduce__(self) -> tuple[type[Saver], tuple[Callable[[State], None]]]:
+        """Save nothing of a candidate that trains in another process."""
+        return Saver, (_nowhere,)
 
     def take(self, strategy: Any) -> State | None:
         """Return the state to go on from if it is that of the training that begins."""

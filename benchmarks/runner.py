@@ -1,12 +1,14 @@
-"""The grid of cells: methods times seeds, one after another in this process."""
+"""The grid of cells: methods times seeds, one after another in this process, or on Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,13 @@ from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical
 from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS
-from benchmarks.process import tune
+from benchmarks.process import deterministic, tune
 from benchmarks.resume import SAVE_EVERY, Stop, Terminated
 from benchmarks.shared import SharedTrials
 from benchmarks.tracking import Mode, Tracker, View
 
 if TYPE_CHECKING:
+    from benchmarks.cluster import Parallel
     from benchmarks.data import Images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,6 +136,8 @@ def run_grid(
     wandb: Mode = "auto",
     force: bool = False,
     save_every: float = SAVE_EVERY,
+    parallel: Parallel | None = None,
+    exact: bool = False,
 ) -> int:
     """Run the cells that have no record yet, and record each as it ends.
 
@@ -152,6 +157,10 @@ def run_grid(
         Run recorded cells again too.
     save_every
         Seconds of training after which the state within a task is saved.
+    parallel
+        How to run cells at once; None: one after another, in this process.
+    exact
+        Whether a GPU is to give the same bits each time; on a CPU it does.
 
     Returns
     -------
@@ -187,7 +196,115 @@ def run_grid(
         wandb,
         recorded=lambda cell: not force and recorded(cell, places),
         save_every=save_every,
+        parallel=parallel,
+        exact=exact,
     )
+
+
+TRACE = "traceback.txt"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the cells of one call have in common, wherever they run; it can be sent elsewhere."""
+
+    runs: Path
+    """Folder of logs and resume states."""
+    git: dict[str, Any]
+    """From `git_state`."""
+    wandb: Mode = "disabled"
+    """How to mirror the logs to Weights & Biases."""
+    share_first: bool = False
+    """Whether cells with the same `Cell.first_hash` train their first task once."""
+    save_every: float = SAVE_EVERY
+    """Seconds of training after which the state within a task is saved."""
+    deterministic: bool = False
+    """Whether a GPU is to give the same bits each time; on a CPU it does."""
+
+    def first_state(self, cell: Cell) -> Path | None:
+        """Return where cells with the same first task keep the state after it, if they share it."""
+        name = f"first-seed{cell.seed}-{cell.first_hash[:8]}.pt"
+        return cell.run_dir(self.runs).with_name(name) if self.share_first else None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a cell failed."""
+
+    text: str
+    diverged: bool = False
+    """Whether a number was no longer finite: a result, in a grid of settings."""
+
+
+@dataclass
+class Book:
+    """What becomes of the cells of one call."""
+
+    todo: Sequence[Cell]
+    work: Work
+    device: torch.device
+    keep: Keep
+    """Takes each cell and its record."""
+    recorded: Callable[[Cell], bool]
+    """Tells whether a cell has a record by now."""
+    diverged: Callable[[Cell], None] | None
+    """Told of each cell in which a number was no longer finite."""
+    running: list[Cell] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    unfinished: set[str | None] = field(default_factory=set)
+    """Trainings of first tasks that a cell which has not been recorded will need."""
+
+    def others(self, cell: Cell) -> list[Cell]:
+        """Return all cells but one."""
+        return [other for other in self.todo if other is not cell]
+
+    def taken(self, cell: Cell, claims: ExitStack) -> bool:
+        """Claim a cell; return whether another process runs it, or has recorded it."""
+        folder = cell.run_dir(self.work.runs)
+        if not claims.enter_context(claimed(folder)):
+            self.elsewhere.append(f"{cell.name} ({named(folder)})")
+            self.unfinished.add(cell.trained_hash)
+            return True
+        return self.recorded(cell)
+
+    def ended(self, cell: Cell, result: records.Record | Failure) -> None:
+        """Keep a record, or what went wrong.
+
+        Raises
+        ------
+        UserError
+            If the record cannot be written. What the cell has saved stays.
+        """
+        if isinstance(result, Failure):
+            self.failed.append(f"{cell.name}: {result.text}")
+            self.unfinished.add(cell.trained_hash)
+            if result.diverged and self.diverged is not None:
+                self.diverged(cell)
+            return
+        self.keep(cell, result)
+        for name in (cells.STATE, cells.TRAINING, TRACE):
+            (cell.run_dir(self.work.runs) / name).unlink(missing_ok=True)
+
+    def tidy(self, left: Sequence[Cell]) -> None:
+        """Delete what cells share and none of those that are left needs."""
+        firsts = {self.work.first_state(cell) for cell in left}
+        trained = {cell.trained_hash for cell in left} | self.unfinished
+        for cell in self.todo:
+            first = self.work.first_state(cell)
+            if first is not None and first not in firsts and not self.failed:
+                first.unlink(missing_ok=True)
+            if cell.trained_hash not in trained and (
+                shared := trials(cell, [], self.work.runs, self.work.git, self.device)
+            ):
+                shared.forget()
+
+    def summary(self) -> int:
+        """Say what has not been recorded; return the exit code."""
+        for cells_, what in ((self.elsewhere, "run elsewhere"), (self.failed, "failed")):
+            if cells_:
+                print(f"{len(cells_)} of {len(self.todo)} cells {what}:", *cells_, sep="\n  ")
+        return 1 if self.failed else 0
 
 
 def run_cells(
@@ -199,11 +316,13 @@ def run_cells(
     keep: Keep,
     wandb: Mode = "disabled",
     share_first: bool = False,
-    lost: Callable[[Cell, Exception], None] | None = None,
+    diverged: Callable[[Cell], None] | None = None,
     recorded: Callable[[Cell], bool] = lambda cell: False,
     save_every: float = SAVE_EVERY,
+    parallel: Parallel | None = None,
+    exact: bool = False,
 ) -> int:
-    """Run cells of one experiment, one after another, and keep each record as it comes.
+    """Run cells of one experiment, one after another or on Ray, and keep each record as it comes.
 
     Another process may run the same cells: what it runs at the moment is left to it, what it has
     recorded since is not run again.
@@ -226,65 +345,64 @@ def run_cells(
         How to mirror the logs to Weights & Biases.
     share_first
         Whether cells with the same `Cell.first_hash` train their first task once.
-    lost
-        Told of each cell that fails, and why.
+    diverged
+        Told of each cell in which a number was no longer finite.
     recorded
         Tells whether a cell has a record by now.
     save_every
         Seconds of training after which the state within a task is saved.
+    parallel
+        How to run cells at once; None: one after another, in this process.
+    exact
+        Whether a GPU is to give the same bits each time; on a CPU it does.
 
     Returns
     -------
     int
         Exit code, as of `run_grid`.
+
+    Raises
+    ------
+    UserError
+        If a record cannot be written.
     """
     if not todo:
         return 0
-    if (threads := todo[0].experiment.threads) is not None:
-        torch.set_num_threads(threads)
-    failed, elsewhere = [], []
-    unfinished: set[str | None] = set()
+    work = Work(runs, git, wandb, share_first, save_every, exact)
+    book = Book(todo, work, device, keep, recorded, diverged)
     stop = Stop()
     try:
-        with stop.listening(), View(len(todo)) as view, ExitStack() as claims:
-            for place, cell in enumerate(todo):
-                folder = cell.run_dir(runs)
-                mine = claims.enter_context(claimed(folder))
-                if not mine:
-                    elsewhere.append(f"{cell.name} ({named(folder)})")
-                    unfinished.add(cell.trained_hash)
-                if not mine or recorded(cell):
-                    view.count()
-                    claims.close()
-                    continue
-                first = first_state(cell, runs) if share_first else None
-                others = [*todo[:place], *todo[place + 1 :]]
-                shared = trials(cell, others, runs, git, device)
-                tracker = Tracker(cell.run_dir(runs), wandb, view)
-                options = (tracker, first, shared, lost, stop, save_every)
-                error = _run_one(cell, images, device, git, runs, keep, *options)
-                if error:
-                    failed.append(error)
-                    unfinished.add(cell.trained_hash)
-                elif first and first not in (first_state(c, runs) for c in todo[place + 1 :]):
-                    first.unlink(missing_ok=True)
-                claims.close()
-        for cell in todo:
-            if cell.trained_hash not in unfinished and (
-                shared := trials(cell, [], runs, git, device)
-            ):
-                shared.forget()
+        with stop.listening(), View(len(todo)) as view:
+            if parallel is None:
+                _one_after_another(book, images, view, stop)
+            else:
+                from benchmarks.cluster import run_on_ray
+
+                run_on_ray(book, parallel, view, stop)
     except KeyboardInterrupt as stopped:
-        print(
-            f"Stopped in {cell.name}. Finished cells are recorded. {saved(cell, runs)} The same "
-            "command goes on from there."
-        )
+        print("Stopped. Finished cells are recorded.")
+        for cell in book.running:
+            print(f"{cell.name}: {saved(cell, runs)}")
+        print("The same command goes on from there.")
         return 143 if isinstance(stopped, Terminated) else 130
-    if elsewhere:
-        print(f"{len(elsewhere)} of {len(todo)} cells run elsewhere:", *elsewhere, sep="\n  ")
-    if failed:
-        print(f"{len(failed)} of {len(todo)} cells failed:", *failed, sep="\n  ")
-    return 1 if failed else 0
+    return book.summary()
+
+
+def _one_after_another(book: Book, images: Images, view: View, stop: Stop) -> None:
+    if (threads := book.todo[0].experiment.threads) is not None:
+        torch.set_num_threads(threads)
+    for place, cell in enumerate(book.todo):
+        with ExitStack() as claims:
+            if book.taken(cell, claims):
+                view.count()
+                continue
+            book.running.append(cell)
+            result = run_one(
+                cell, book.others(cell), book.work, images, book.device, view.announce, stop
+            )
+            book.ended(cell, result)
+            book.running.remove(cell)
+        book.tidy(book.todo[place + 1 :])
 
 
 def saved(cell: Cell, runs: Path) -> str:
@@ -297,19 +415,19 @@ def saved(cell: Cell, runs: Path) -> str:
     return f"Of this one {folder} holds {' and '.join(kept)}."
 
 
-def first_state(cell: Cell, runs: Path) -> Path:
-    """Return where cells with the same first task keep the state after it."""
-    return cell.run_dir(runs).with_name(f"first-seed{cell.seed}-{cell.first_hash[:8]}.pt")
-
-
 def trials(
-    cell: Cell, others: Sequence[Cell], runs: Path, git: dict[str, Any], device: torch.device
+    cell: Cell,
+    others: Sequence[Cell],
+    runs: Path,
+    git: dict[str, Any],
+    device: torch.device,
+    executor: Executor | None = None,
 ) -> SharedTrials | None:
     """Return who trains a cell's first task if others share that training, else None."""
     if cell.trained_hash is None:
         return None
     path = runs / "shared" / f"seed{cell.seed}-{cell.trained_hash[:8]}.pt"
-    shared = SharedTrials(path, cell.trained_hash, git, device)
+    shared = SharedTrials(path, cell.trained_hash, git, device, executor)
     return shared if shares(cell, others) or shared.files() else None
 
 
@@ -318,39 +436,54 @@ def shares(cell: Cell, others: Sequence[Cell]) -> bool:
     return any(cell.trained_hash == other.trained_hash for other in others)
 
 
-def _run_one(
+def run_one(
     cell: Cell,
+    others: Sequence[Cell],
+    work: Work,
     images: Images,
     device: torch.device,
-    git: dict[str, Any],
-    runs: Path,
-    keep: Keep,
-    tracker: Tracker,
-    first: Path | None,
-    shared: SharedTrials | None,
-    lost: Callable[[Cell, Exception], None] | None,
+    show: Callable[[str, dict[str, Any]], None],
     stop: Stop,
-    save_every: float,
-) -> str | None:
-    """Run a cell and hand its record on; return what went wrong, or None."""
-    folder = cell.run_dir(runs)
-    trace = folder / "traceback.txt"
+    candidates: Executor | None = None,
+) -> records.Record | Failure:
+    """Run a cell; its log, and what goes wrong, stand in its folder.
+
+    Parameters
+    ----------
+    cell
+        What to run.
+    others
+        The other cells of the call, with which it may share the training of the first task.
+    work
+        What they have in common.
+    images
+        The experiment's data, on `device`.
+    device
+        Where to train.
+    show
+        As of `Tracker`.
+    stop
+        Whose signals end the cell, saved.
+    candidates
+        Where the candidates of a search are trained; None: in this process.
+    """
+    if work.deterministic:
+        deterministic()
+    folder = cell.run_dir(work.runs)
+    tracker = Tracker(cell.name, folder, work.wandb, show)
     failed = True
     try:
-        options = (tracker.announce, first, shared, stop, save_every)
-        record = cells.run(cell, images, device, folder, git, *options)
-        keep(cell, record)
-        for name in (cells.STATE, cells.TRAINING):
-            (folder / name).unlink(missing_ok=True)
-        trace.unlink(missing_ok=True)
+        shared = trials(cell, others, work.runs, work.git, device, candidates)
+        options = (tracker.announce, work.first_state(cell), shared, stop, work.save_every)
+        record = cells.run(cell, images, device, folder, work.git, *options, candidates)
         failed = False
+        return record
     except Exception as error:  # whatever it is, the other cells go on
         text = f"{type(error).__name__}: {error}"
-        trace.write_text(f"{cell.name}\n{canonical(cell.config)}\n\n{traceback.format_exc()}")
-        tracker.announce({"event": "failed", "cell": cell.name, "error": text})
-        if lost is not None:
-            lost(cell, error)
-        return f"{cell.name}: {text} (see {trace})"
+        trace = folder / TRACE
+        with contextlib.suppress(OSError):  # a full disk
+            trace.write_text(f"{cell.name}\n{canonical(cell.config)}\n\n{traceback.format_exc()}")
+        tracker.announce({"event": "failed", "error": text})
+        return Failure(f"{text} (see {trace})", isinstance(error, FloatingPointError))
     finally:
         tracker.close(failed)
-    return None

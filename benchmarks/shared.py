@@ -29,9 +29,19 @@ class SharedTrials(Executor):
         Commit and cleanness of the code; trainings of another commit are not used.
     device
         Where to train; trainings on another kind of device are not used.
+    executor
+        Where candidates are trained that aren't on file; None: here, one after another.
     """
 
-    def __init__(self, path: Path, hash_: str, git: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        hash_: str,
+        git: dict[str, Any],
+        device: torch.device,
+        executor: Executor | None = None,
+    ) -> None:
+        self.executor = executor
         self.path = path
         self.hash = hash_
         self.made = {"commit": git["commit"], "device": device.type}
@@ -44,30 +54,36 @@ class SharedTrials(Executor):
         self, function: Callable[[Any], Trial], grid: Iterable[Any]
     ) -> Iterator[Trial]:
         """Return each candidate's trial, in order."""
-        for candidate in grid:
-            path = self.path.with_name(f"{self.path.stem}-{candidate.index}{self.path.suffix}")
-            try:
-                state = load_state(path, self.hash)
-                if state["made"] != self.made:
-                    raise ValueError("it was trained by other code, or elsewhere")
-                trial, dirty = unpack(state["trial"]), bool(state["dirty"])
-            except (OSError, ValueError, KeyError):  # none there, or none to be trusted: train
-                pass
-            else:
-                self.saved += trial.seconds
-                self.dirty = self.dirty or dirty
+        grid = list(grid)
+        known = [self._known(candidate) for candidate in grid]
+        missing = [c for c, trial in zip(grid, known, strict=True) if trial is None]
+        fresh = iter((map if self.executor is None else self.executor.map)(function, missing))
+        for candidate, trial in zip(grid, known, strict=True):
+            if trial is not None:
                 yield trial
                 continue
-            trial = function(candidate)
+            trial = next(fresh)
             if trial.outcome is not None:
-                state = {
-                    "format": FORMAT,
-                    "hash": self.hash,
-                    "made": self.made,
-                    "dirty": self.dirty,
-                }
-                save_state(path, state | {"trial": pack(trial)})
+                named = {"format": FORMAT, "hash": self.hash, "made": self.made}
+                state = named | {"dirty": self.dirty, "trial": pack(trial)}
+                save_state(self._file(candidate), state)
             yield trial
+
+    def _file(self, candidate: Any) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{candidate.index}{self.path.suffix}")
+
+    def _known(self, candidate: Any) -> Trial | None:
+        """Return the trial that is on file, if it is and can be trusted."""
+        try:
+            state = load_state(self._file(candidate), self.hash)
+            if state["made"] != self.made:
+                return None
+            trial = unpack(state["trial"])
+        except (OSError, ValueError, KeyError):
+            return None
+        self.saved += trial.seconds
+        self.dirty = self.dirty or bool(state["dirty"])
+        return trial
 
     def files(self) -> list[Path]:
         """Return the files that are there."""

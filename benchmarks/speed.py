@@ -166,7 +166,7 @@ def epoch_ratios(
     loader = ResidentLoader(*view, experiment.batch_size, torch.Generator())
     turns = TakeTurns(bare_epoch(model, loader, experiment.precision))
     with tempfile.TemporaryDirectory() as folder, View(1) as shown:
-        tracker = Tracker(Path(folder), "disabled", shown)
+        tracker = Tracker("epoch", Path(folder), "disabled", shown.announce)
         evaluator = EvaluationPlugin(accuracy_metrics(experience=True), LogitDrift(), loggers=[])
         # Monitor announces an epoch only after the plugins have done their part of it.
         monitor = Monitor(tracker.announce)

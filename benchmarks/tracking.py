@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -48,9 +49,7 @@ class View:
         )
         self._grid = self.progress.add_task("cells", total=cells, detail=f"0/{cells}")
         self._cells = cells
-        self._cell: TaskID | None = None
-        self._name = ""
-        self._tasks = 0
+        self._shown: dict[str, tuple[TaskID, int]] = {}
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -77,60 +76,66 @@ class View:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._last_line = time.monotonic()
 
-    def announce(self, event: Event) -> None:
-        """Show an event."""
+    def announce(self, cell: str, event: Event) -> None:
+        """Show an event of a cell, one of those that may run at once."""
+        bar, tasks = self._shown.get(cell, (None, 0))
         match event["event"]:
             case "start":
-                self._name, self._tasks = event["cell"], event["tasks"]
+                self._remove(cell)  # one that stopped without an end
+                tasks = event["tasks"]
                 if event["ignored"]:
-                    self.line(f"{self._name}: {event['ignored']}")
+                    self.line(f"{cell}: {event['ignored']}")
                 if event["learnt"] or event["epoch"] is not None:
-                    where = f"after task {event['learnt']}/{self._tasks}"
+                    where = f"after task {event['learnt']}/{tasks}"
                     if event["epoch"] is not None:
-                        task = f"task {event['learnt'] + 1}/{self._tasks}"
-                        where = f"in {task}, epoch {event['epoch'] + 1}"
-                    self.line(f"{self._name}: going on {where}")
-                if self._cell is not None:  # one that stopped without an end
-                    self.progress.remove_task(self._cell)
-                self._cell = self.progress.add_task(
-                    self._name, total=self._tasks, completed=event["learnt"], detail=""
+                        where = f"in task {event['learnt'] + 1}/{tasks}, epoch {event['epoch'] + 1}"
+                    self.line(f"{cell}: going on {where}")
+                bar = self.progress.add_task(
+                    cell, total=tasks, completed=event["learnt"], detail=""
                 )
+                self._shown[cell] = (bar, tasks)
             case "epoch":
-                self._epoch(event)
+                detail = _epoch(event, tasks)
+                if bar is not None:
+                    done = event["task"] + (event["epoch"] + 1) / event["epochs"]
+                    self.progress.update(bar, completed=done, detail=detail)
+                silent = time.monotonic() - self._last_line
+                if not self.console.is_terminal and silent > LINE_EVERY:
+                    self.line(f"{cell}: {detail}")
             case "task":
                 kind = "test" if "test" in event["accuracy"] else "validation"
                 seen = [value for value in event["accuracy"][kind] if value is not None]
                 if seen:  # else nothing has been learnt yet
                     self.line(
-                        f"{self._name}: task {event['task'] + 1}/{self._tasks} in "
+                        f"{cell}: task {event['task'] + 1}/{tasks} in "
                         f"{event['seconds']:.0f} s, {kind} {percent(seen[-1])}, "
                         f"mean of the learnt {percent(sum(seen) / len(seen))}"
                     )
             case "warning":
-                self.line(f"{self._name}: {event['text']}")
+                self.line(f"{cell}: {event['text']}")
             case "end" | "failed":
-                if self._cell is not None:
-                    self.progress.remove_task(self._cell)
-                    self._cell = None
+                self._remove(cell)
                 self.count()
                 if event["event"] == "failed":
-                    self.line(f"{event['cell']} failed: {event['error']}")
+                    self.line(f"{cell} failed: {event['error']}")
 
-    def _epoch(self, event: Event) -> None:
-        candidate = event["candidate"]
-        detail = (
-            f"task {event['task'] + 1}/{self._tasks} "
-            f"{'' if candidate is None else f'candidate {candidate} '}"
-            f"epoch {event['epoch'] + 1}/{event['epochs']} "
-            f"loss {event['loss']:.4f}"
-        )
-        if event["validation"] is not None:
-            detail += f" validation {percent(event['validation'])}"
-        if self._cell is not None:
-            done = event["task"] + (event["epoch"] + 1) / event["epochs"]
-            self.progress.update(self._cell, completed=done, detail=detail)
-        if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_EVERY:
-            self.line(f"{self._name}: {detail}")
+    def _remove(self, cell: str) -> None:
+        if cell in self._shown:
+            self.progress.remove_task(self._shown.pop(cell)[0])
+
+
+def _epoch(event: Event, tasks: int) -> str:
+    """Return how far an epoch's event says that a cell has come."""
+    candidate = event["candidate"]
+    detail = (
+        f"task {event['task'] + 1}/{tasks} "
+        f"{'' if candidate is None else f'candidate {candidate} '}"
+        f"epoch {event['epoch'] + 1}/{event['epochs']} "
+        f"loss {event['loss']:.4f}"
+    )
+    if event["validation"] is not None:
+        detail += f" validation {percent(event['validation'])}"
+    return detail
 
 
 class Log:
@@ -277,23 +282,28 @@ class Tracker:
 
     Parameters
     ----------
+    cell
+        Its name.
     folder
         The cell's folder, made if need be.
     mode
         See `Mirror`.
-    view
-        The grid's view.
+    show
+        Takes the cell's name and each event, as `View.announce` does.
     """
 
-    def __init__(self, folder: Path, mode: Mode, view: View) -> None:
+    def __init__(
+        self, cell: str, folder: Path, mode: Mode, show: Callable[[str, Event], None]
+    ) -> None:
+        self._cell = cell
         self._log = Log(folder)
         self._mirror = Mirror(folder, mode)
-        self._view = view
+        self._show = show
 
     def announce(self, event: Event) -> None:
         """Pass an event on to the log, the view and the mirror."""
         self._log.announce(event)
-        self._view.announce(event)
+        self._show(self._cell, event)
         self._mirror.announce(event)
 
     def close(self, failed: bool = False) -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
 from benchmarks.resume import SAVE_EVERY
 from benchmarks.runner import git_state, run_cells
+
+if TYPE_CHECKING:
+    from benchmarks.cluster import Parallel
 
 FIRST_SEED = 100
 """Seeds below it are those of the tables: nothing is chosen by them."""
@@ -106,6 +109,7 @@ def run(
     data: Path | None,
     device: torch.device,
     save_every: float = SAVE_EVERY,
+    parallel: Parallel | None = None,
 ) -> tuple[int, Tuning]:
     """Train the candidates that the result lacks, and write the result after each of them.
 
@@ -119,6 +123,8 @@ def run(
         Where to train.
     save_every
         Seconds of training after which the state within a task is saved.
+    parallel
+        How to run candidates at once; None: one after another, in this process.
 
     Returns
     -------
@@ -166,14 +172,13 @@ def run(
         done[cell.hash] = _run(cell, record)
         records.write_tuning(path, result())
 
-    def lost(cell: Cell, error: Exception) -> None:
-        # That a candidate diverges is a result; anything else is to be mended and run again.
-        if isinstance(error, FloatingPointError):
-            done[cell.hash] = {
-                **{"seed": cell.seed, "hash": cell.hash, "validation": None, "mean": None},
-                **{"seconds": 0.0, "environment": environment(device), "git": git},
-            }
-            records.write_tuning(path, result())
+    def diverged(cell: Cell) -> None:
+        # A result; what fails otherwise is to be mended and run again.
+        done[cell.hash] = {
+            **{"seed": cell.seed, "hash": cell.hash, "validation": None, "mean": None},
+            **{"seconds": 0.0, "environment": environment(device), "git": git},
+        }
+        records.write_tuning(path, result())
 
     todo = [cell for row in grid for cell in row if cell.hash not in done]
     print(
@@ -188,7 +193,8 @@ def run(
         if not mine:
             where = folder / asked.experiment.name / asked.method.name
             raise UserError(f"{asked.method.name} is being tuned already, by {named(where)}.")
-        more: dict[str, Any] = {"share_first": True, "lost": lost, "save_every": save_every}
+        options = {"diverged": diverged, "save_every": save_every, "parallel": parallel}
+        more: dict[str, Any] = {"share_first": True, **options}
         code = run_cells(todo, images, device, git, folder, keep, **more)
     if code == 0:
         records.write_tuning(path, result())

@@ -50,7 +50,7 @@ def stop_after(cell: Cell, places: Places, kind: str, task: int) -> None:
     """Run a cell with its log, and end it as SIGKILL would: nothing is closed in order."""
     folder = cell.run_dir(places.runs)
     with View(1) as view:
-        tracker = Tracker(folder, "disabled", view)
+        tracker = Tracker(cell.name, folder, "disabled", view.announce)
 
         def announce(event: dict[str, Any]) -> None:
             tracker.announce(event)
@@ -95,7 +95,7 @@ def test_a_cell_stopped_within_a_task_is_stopped(cell: Cell, places: Places, ste
     stop_after(cell, places, "task", 0)
     steps.count, folder = 0, cell.run_dir(places.runs)
     with View(1) as view, steps.stopping(4):
-        tracker = Tracker(folder, "disabled", view)
+        tracker = Tracker(cell.name, folder, "disabled", view.announce)
         with pytest.raises(KeyboardInterrupt):
             cells.run(cell, load("digits"), CPU, folder, GIT, tracker.announce)
         tracker.close()

@@ -99,7 +99,7 @@ def test_offline_run_file_holds_the_cell(tmp_path: Path) -> None:
     images = load("digits")
     cell = cells.Cell(experiment, METHODS["clnp"], 0, images.fingerprint)
     with View(1, Console(file=io.StringIO())) as view:
-        tracker = Tracker(tmp_path, "offline", view)
+        tracker = Tracker(cell.name, tmp_path, "offline", view.announce)
         record = cells.run(
             cell, images, torch.device("cpu"), tmp_path, {"commit": None, "dirty": True},
             tracker.announce,
@@ -243,7 +243,7 @@ def shown(terminal: bool, *events: dict[str, Any]) -> str:
     console = Console(file=file, force_terminal=terminal, width=200)
     with View(2, console) as view:
         for event in events:
-            view.announce(event)
+            view.announce(event.get("cell", START["cell"]), event)
         view.progress.refresh()
     return file.getvalue()
 
