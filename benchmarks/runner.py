@@ -24,7 +24,7 @@ from benchmarks.methods import METHODS
 from benchmarks.process import deterministic, tune
 from benchmarks.resume import SAVE_EVERY, Stop, Terminated
 from benchmarks.shared import SharedTrials
-from benchmarks.tracking import Mode, Tracker, View
+from benchmarks.tracking import Mode, Tracker, View, sync_command
 
 if TYPE_CHECKING:
     from benchmarks.cluster import Parallel
@@ -385,6 +385,8 @@ def run_cells(
             print(f"{cell.name}: {saved(cell, runs)}")
         print("The same command goes on from there.")
         return 143 if isinstance(stopped, Terminated) else 130
+    if command := sync_command(cell.run_dir(runs) for cell in todo):
+        print(f"W&B runs are kept on disk; to upload them: {command}")
     return book.summary()
 
 

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -171,8 +171,20 @@ def logged_in() -> bool:
         return False
 
 
+def _fresh(event: Event) -> str:
+    """Return an id for a new run of a cell."""
+    return f"{event['hash'][:8]}-{uuid.uuid4().hex[:8]}"
+
+
+INIT_TIMEOUT = 30.0
+"""Seconds in which W&B's server must answer."""
+
+
 class Mirror:
     """The cell's run at Weights & Biases. Whatever fails there is told once, and training goes on.
+
+    A server that isn't to be reached is asked once a process: this run and those after it are kept
+    on disk, to be uploaded later.
 
     Parameters
     ----------
@@ -182,11 +194,15 @@ class Mirror:
         ``auto``: WANDB_MODE if it is set, else online when logged in, else offline.
     """
 
+    unreachable = False
+
     def __init__(self, folder: Path, mode: Mode) -> None:
         self.folder = folder
         self.mode: Any = mode
         if mode == "auto":
             self.mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        if self.mode == "online" and Mirror.unreachable:
+            self.mode = "offline"
         self._run: Any = None
         self._off = self.mode == "disabled"
 
@@ -216,18 +232,32 @@ class Mirror:
         print(f"W&B is off for this cell: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _start(self, event: Event) -> None:
-        import wandb
-
         # A resumed cell goes on in its run; a new start of the same cell is a new run.
         name = self.folder / "wandb-id"
         going_on = event["learnt"] or event["epoch"] is not None
         if not (going_on and name.exists()):
-            name.write_text(f"{event['hash'][:8]}-{uuid.uuid4().hex[:8]}")
-        self._run = wandb.init(
+            name.write_text(_fresh(event))
+        try:
+            self._run = self._init(event, name.read_text())
+        except Exception as error:
+            if self.mode != "online":
+                raise
+            Mirror.unreachable, self.mode = True, "offline"
+            print(
+                f"W&B can't be reached, runs are kept on disk: {type(error).__name__}: {error}",
+                file=sys.stderr,
+            )
+            name.write_text(_fresh(event))  # W&B takes the other one for in use
+            self._run = self._init(event, name.read_text())
+
+    def _init(self, event: Event, name: str) -> Any:
+        import wandb
+
+        return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "clnp"),
             name=event["cell"],
             group=event["config"]["experiment"]["name"],
-            id=name.read_text(),
+            id=name,
             resume="allow",
             config={**event["config"], "hash": event["hash"]},
             dir=self.folder,
@@ -237,7 +267,7 @@ class Mirror:
                 console="off",
                 disable_git=True,
                 disable_code=True,
-                init_timeout=30,
+                init_timeout=INIT_TIMEOUT,
                 finish_timeout=60,
             ),
         )
@@ -275,6 +305,23 @@ class Mirror:
                     self._run.log({f"{stream}/matrix": table})
                     self._run.summary[f"{stream}/accuracy"] = matrix
                 self._run.summary["logit_drift"] = event["logit_drift"]
+
+
+def sync_command(folders: Iterable[Path]) -> str | None:
+    """Return the command that uploads what cells have kept on disk; None if there is nothing.
+
+    Parameters
+    ----------
+    folders
+        The cells' folders.
+    """
+    runs = [run for folder in folders for run in folder.glob("wandb/offline-run-*")]
+    # W&B leaves a mark beside what it has uploaded.
+    waiting = [run for run in runs if not list(run.glob("*.wandb.synced"))]
+    if not waiting:
+        return None
+    parents = sorted({run.parents[2] for run in waiting})
+    return " ".join(["wandb sync", *(f"{parent}/*/wandb/offline-run-*" for parent in parents)])
 
 
 class Tracker:

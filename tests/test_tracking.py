@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from benchmarks import cell as cells
 from benchmarks.data import load
 from benchmarks.methods import METHODS
 from benchmarks.quickstart import Quickstart
-from benchmarks.tracking import Log, Mirror, Tracker, View, logged_in
+from benchmarks.tracking import Log, Mirror, Tracker, View, logged_in, sync_command
 
 START = {
     "event": "start",
@@ -170,11 +173,85 @@ def test_a_failure_of_wandb_is_told_once(
         return Broken(fails)
 
     monkeypatch.setattr("wandb.init", init)
-    mirror = Mirror(tmp_path, "online")
+    mirror = Mirror(tmp_path, "offline")
     for event in (START, EPOCH, EPOCH, TASK):
         mirror.announce(event)
     mirror.close()
     assert capsys.readouterr().err.count("the server is gone") == 1
+
+
+def test_a_server_that_is_not_to_be_reached_costs_one_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.tracking.INIT_TIMEOUT", 1.0)
+    monkeypatch.setattr(Mirror, "unreachable", False)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    for name in ("a", "b"):
+        folder = tmp_path / "runs" / "quickstart" / "clnp" / name
+        folder.mkdir(parents=True)
+        mirror = Mirror(folder, "online")
+        for event in (START, EPOCH):
+            mirror.announce(event)
+        mirror.close()
+    assert capsys.readouterr().err.count("can't be reached, runs are kept on disk") == 1
+    paths = sorted(tmp_path.rglob("offline-run-*/run-*.wandb"))
+    assert len(paths) == 2
+    for path in paths:
+        wait_for_the_end(path)
+        assert history(path)["epoch/loss"] == [EPOCH["loss"]]
+    folders = [path.parents[2] for path in paths]
+    where = f"{tmp_path}/runs/quickstart/clnp/*/wandb/offline-run-*"
+    assert sync_command(folders) == f"wandb sync {where}"
+    for path in paths:
+        path.with_name(f"{path.name}.synced").touch()
+    assert sync_command(folders) is None
+    # The key stands in nothing that is kept.
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"0123456789" * 4 in path.read_bytes()]
+
+
+def test_a_folder_that_wandb_cannot_write_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wandb").write_text("no folder")
+    mirror = Mirror(tmp_path, "offline")
+    for event in (START, EPOCH, TASK):
+        mirror.announce(event)
+    mirror.close()
+    assert capsys.readouterr().err.count("W&B is off for this cell") == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from benchmarks.tracking import Mirror
+start, epoch = eval(sys.argv[2])
+before = set(os.listdir("/proc"))
+mirror = Mirror(Path(sys.argv[1]), "offline")
+mirror.announce(start)
+ours = [p for p in os.listdir("/proc") if p.isdigit() and p not in before]
+core = [p for p in ours if b"wandb-core" in Path("/proc", p, "cmdline").read_bytes()]
+assert core
+for process in core:
+    os.kill(int(process), signal.SIGKILL)
+for _ in range(50):
+    mirror.announce(epoch)
+mirror.close()
+print("went on")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_training_goes_on_when_wandbs_process_is_killed(tmp_path: Path) -> None:
+    events = repr((START, EPOCH))
+    command = [sys.executable, "-c", KILLED, str(tmp_path), events]
+    # With this variable it would share the process of other tests in this one.
+    own = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=own)
+    assert done.returncode == 0, done.stderr
+    assert "went on" in done.stdout
+    assert done.stderr.count("W&B is off for this cell") <= 1
 
 
 @pytest.mark.parametrize(
