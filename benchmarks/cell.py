@@ -361,8 +361,11 @@ def run(
     def save_training(saved: dict[str, Any]) -> None:
         spent = time.perf_counter() - began
         saved |= {"format": FORMAT, "hash": cell.hash, "spent": spent, "git": course.git}
+        save(training, saved)
+
+    def save(where: Path, saved: dict[str, Any]) -> None:
         try:
-            save_state(training, saved)
+            save_state(where, saved)
         except UserError as error:  # a full disk must not end what trains
             announce({"event": "warning", "text": f"{error} The training goes on, not saved."})
 
@@ -428,9 +431,9 @@ def run(
             "course": vars(course),
             "rng": torch.get_rng_state(),
         }
-        save_state(path, state)
+        save(path, state)
         if task == 0 and first is not None:
-            save_state(first, state | {"hash": cell.first_hash})
+            save(first, state | {"hash": cell.first_hash})
         training.unlink(missing_ok=True)
         if task in trials:
             trials[task].forget()

@@ -275,12 +275,22 @@ def _part(source: _Source, folder: Path, part: Part, download: bool) -> Arrays:
 
 def _read(source: _Source, folder: Path, part: Part) -> Arrays | None:
     try:
-        return source.read(folder, part)
+        arrays = source.read(folder, part)
+        if arrays is not None:
+            _check_arrays(*arrays)
+        return arrays
     except Exception as error:  # whatever a parser makes of a damaged file
         raise UserError(
             f"the {part} data of {source.name} in {folder} cannot be read ({error}). Delete "
             f"{source.files} there and run `nox -s prepare`."
         ) from error
+
+
+def _check_arrays(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(f"images are {images.dtype} of the shape {images.shape}, not pixels")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images have labels of the shape {labels.shape}")
 
 
 def _missing(source: _Source, folder: Path, reason: str) -> MissingData:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -737,7 +739,8 @@ def _change(settings: S, name: str, value: str) -> S:
 
 
 def _parsed(kind: Any, value: str) -> Any:
-    return tyro.cli(kind, args=value.split(","), console_outputs=False)
+    with contextlib.redirect_stderr(io.StringIO()):  # the caller says what is wrong
+        return tyro.cli(kind, args=value.split(","), console_outputs=False)
 
 
 _CLNP = CLNPSettings(lr=0.002, epochs=60, keep_epoch="latest-within-margin")

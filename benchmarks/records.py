@@ -100,7 +100,7 @@ def read(path: Path) -> Record:
     """
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         wrong: str | None = str(error)
     else:
         wrong = problem(record)
@@ -193,7 +193,7 @@ def read_tuning(path: Path) -> Tuning:
                 wrong = f"{key!r} is {result[key]!r}"
         if wrong is None and result["checksum"] != _checksum(result):
             wrong = "its checksum does not fit its contents"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         wrong = str(error)
     except (KeyError, TypeError) as error:
         wrong = f"{error} is missing"

@@ -341,9 +341,12 @@ def load_state(path: Path, hash_: str) -> dict[str, Any]:
     # torch.load notices a cut file, but not a flipped bit.
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError("it is damaged")
-    state: dict[str, Any] = torch.load(BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
+    try:
+        state = torch.load(BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the reader of an archive stumbles on
+        raise ValueError("it holds something else than plain data") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError("it was written by another version of the code")
-    if state["hash"] != hash_:
+    if state.get("hash") != hash_:
         raise ValueError("it belongs to another cell")
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -192,7 +193,7 @@ def run_grid(
         device,
         git,
         places.runs,
-        lambda cell, record: records.write(cell.record_path(places.records), record),
+        lambda cell, record: record_at_last(cell.record_path(places.records), record),
         wandb,
         recorded=lambda cell: not force and recorded(cell, places),
         save_every=save_every,
@@ -305,6 +306,30 @@ class Book:
             if cells_:
                 print(f"{len(cells_)} of {len(self.todo)} cells {what}:", *cells_, sep="\n  ")
         return 1 if self.failed else 0
+
+
+TRIES, PAUSE = 20, 30.0
+"""How often the writing of a record is tried, and seconds between two tries."""
+
+
+def record_at_last(path: Path, record: records.Record) -> None:
+    """Write a record; if the disk is full, wait for someone to make room.
+
+    Raises
+    ------
+    UserError
+        If it can't be written in ten minutes.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            records.write(path, record)
+        except UserError as error:
+            if not left:
+                raise
+            print(f"{error} Trying again in {PAUSE:.0f} s, {left} times more: make room for it.")
+            time.sleep(PAUSE)
+        else:
+            return
 
 
 def run_cells(

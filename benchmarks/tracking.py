@@ -139,21 +139,33 @@ def _epoch(event: Event, tasks: int) -> str:
 
 
 class Log:
-    """The JSONL file of a cell: an event a line, each with the time in seconds since 1970."""
+    """The JSONL file of a cell: an event a line, each with the time in seconds since 1970.
+
+    A disk that is full is told once, and training goes on.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "log.jsonl").open("a+b")
+        # Unbuffered: what could not be written is not tried again later.
+        self._file = (folder / "log.jsonl").open("a+b", buffering=0)
+        self._off = False
         if self._file.tell():  # a process that was killed may have left half a line
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
+                self._write(b"\n")
 
     def announce(self, event: Event) -> None:
         """Append an event."""
-        line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
+        self._write((json.dumps({"time": round(time.time(), 3), **event}) + "\n").encode())
+
+    def _write(self, line: bytes) -> None:
+        if self._off:
+            return
+        try:
+            self._file.write(line)
+        except OSError as error:
+            self._off = True
+            print(f"{self._file.name} is not written on: {error.strerror}.", file=sys.stderr)
 
     def close(self) -> None:
         """Close the file."""
