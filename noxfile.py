@@ -48,13 +48,13 @@ def typecheck(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the quick tests: no network, data set or GPU (options go to pytest)."""
-    run_module(session, "pytest", *session.posargs)
+    run_module(session, "pytest", *at_once(session))
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Run the slow tests, among them the wheel's in a clean environment (options go to pytest)."""
-    run_module(session, "pytest", "-m", "slow and not gpu", *session.posargs)
+    run_module(session, "pytest", "-m", "slow and not gpu", *at_once(session))
 
 
 @nox.session
@@ -130,6 +130,11 @@ def report(session: nox.Session) -> None:
     """Rebuild tables, figures and pages of reports/out, and the README's tables, from records."""
     tables = ("--readme", "README.md", "clnp/README.md")
     run_module(session, "benchmarks", "report", *session.posargs, *tables)
+
+
+def at_once(session: nox.Session) -> list[str]:
+    """Run all tests on all cores, a file on one; with options of the user, as they say."""
+    return session.posargs or ["--numprocesses", "auto", "--dist", "loadfile"]
 
 
 def run_module(session: nox.Session, module: str, *arguments: str) -> None:

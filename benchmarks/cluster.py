@@ -7,11 +7,12 @@ the user holds the locks, shows what happens, and alone writes records.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -94,15 +95,11 @@ def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
     with connected(parallel) as ray:
         needs = resources(ray, parallel, len(book.todo))
         work = replace(book.work, runs=book.work.runs.resolve())
-        events = ray.remote(num_cpus=0, max_restarts=0)(_Events)
-        node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-        relay = events.options(scheduling_strategy=node).remote()
         task = ray.remote(max_calls=0, max_retries=RETRIES, **needs.options)(_run)
-        send = (parallel, needs, work, relay)
+        send = (parallel, needs, work)
         left = list(book.todo)
         running: dict[Any, tuple[Cell, ExitStack]] = {}
+        logs: dict[str, _Tail] = {}
         try:
             while left or running:
                 for cell in _startable(book, left, len(running), needs.cells):
@@ -113,12 +110,15 @@ def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
                         claims.close()
                         continue
                     book.running.append(cell)
+                    logs[cell.name] = _Tail(cell.run_dir(work.runs))
                     running[task.remote(cell, book.others(cell), *send)] = (cell, claims)
                 done, _ = ray.wait(list(running), timeout=LOOK_EVERY) if running else ([], [])
-                for name, event in ray.get(relay.take.remote()):
-                    view.announce(name, event)
+                for name, log in logs.items():
+                    for event in log.read():
+                        view.announce(name, event)
                 for reference in done:
                     cell, claims = running.pop(reference)
+                    del logs[cell.name]
                     with claims:
                         book.ended(cell, _result(ray, reference, cell, view))
                         book.running.remove(cell)
@@ -143,9 +143,10 @@ def connected(parallel: Parallel) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # By default Ray's workers give way to everything else that the machine does (15).
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # And an idle one ends after a second; a new one takes seven to import what a cell needs.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     try:
         import ray
-        import ray.util.scheduling_strategies
     except ImportError as error:
         raise UserError(
             "--workers and --ray-address need Ray, which is not installed: "
@@ -250,7 +251,7 @@ def _result(ray: Any, reference: Any, cell: Cell, view: View) -> records.Record 
         text = f"{type(error).__name__}: its process died {RETRIES + 1} times"
         if not isinstance(error, ray.exceptions.RaySystemError | ray.exceptions.WorkerCrashedError):
             text = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        view.announce(cell.name, {"event": "failed", "error": text})
+        view.announce(cell.name, {"event": "failed", "error": text})  # it could not say so itself
         return Failure(text)
     return result
 
@@ -264,45 +265,47 @@ def _cancel(ray: Any, references: list[Any]) -> None:
         _, references = ray.wait(references, timeout=LOOK_EVERY)
 
 
-class _Events:
-    """Collects what happens in cells until the runner takes it; an actor beside the runner."""
+class _Tail:
+    """Reads what is added to a cell's log, which its process writes wherever that runs."""
 
-    def __init__(self) -> None:
-        self.events: list[tuple[str, Event]] = []
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "log.jsonl"
+        self.place = self.path.stat().st_size if self.path.exists() else 0
 
-    def put(self, cell: str, event: Event) -> None:
-        """Add an event of a cell."""
-        self.events.append((cell, event))
-
-    def take(self) -> list[tuple[str, Event]]:
-        """Return the new events."""
-        events, self.events = self.events, []
-        return events
+    def read(self) -> list[Event]:
+        """Return the new events, each of a whole line."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.place)
+                new = file.read()
+        except OSError:
+            return []
+        whole = new[: new.rfind(b"\n") + 1]
+        self.place += len(whole)
+        found: list[Event] = []
+        for line in whole.splitlines():
+            with suppress(ValueError):  # cut by a process that was killed
+                found.append(json.loads(line))
+        return found
 
 
 def _run(
-    cell: Cell, others: list[Cell], parallel: Parallel, needs: Needs, work: Work, relay: Any
+    cell: Cell, others: list[Cell], parallel: Parallel, needs: Needs, work: Work
 ) -> records.Record | Failure:
     """Run a cell in a process of Ray's."""
-    import ray
-
     tune()  # first of all, as in a process of one's own
     torch.set_num_threads(cell.experiment.threads or needs.threads)
     device = pick_device(parallel.device)
     images = _images(cell.experiment, parallel.data, device, parallel.test)
-    pending: list[Any] = []
-
-    def show(name: str, event: Event) -> None:
-        pending[:] = [relay.put.remote(name, event)]
-
     stop = Stop()
     # A cell that waits for its candidates gives its cores to them, but would keep its GPU.
     candidates = None if needs.options["num_gpus"] else RayExecutor(needs.options)
     with stop.listening():
-        result = run_one(cell, others, work, images, device, show, stop, candidates)
-    if pending:
-        ray.get(pending)  # the end is shown before it is counted
-    return result
+        return run_one(cell, others, work, images, device, _log_alone, stop, candidates)
+
+
+def _log_alone(_cell: str, _event: Event) -> None:
+    """Show nothing: the runner reads the log."""
 
 
 @cache

@@ -6,12 +6,13 @@ epoch, step by step) and the median of the pairwise ratios is printed. Memory ne
 
 from __future__ import annotations
 
+import io
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +31,16 @@ from torchvision.transforms import ToTensor
 from benchmarks.cell import Monitor
 from benchmarks.data import Images
 from benchmarks.experiment import Experiment
-from benchmarks.learners import Setup
+from benchmarks.learners import Setup, numbers
 from benchmarks.memory import peak_bytes
 from benchmarks.methods import METHODS
 from benchmarks.models import mlp, narrow, resnet18
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.precision import bf16, bf16_kernels
 from benchmarks.process import tune
+from benchmarks.quickstart import Quickstart
+from benchmarks.resume import SAVE_EVERY, Saver, save_state
+from benchmarks.runner import Places, plan, run_grid
 from benchmarks.scenarios import ResidentLoader, resident_view
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWideReduced
 from benchmarks.tracking import Tracker, View
@@ -523,6 +527,85 @@ def memory_ratio(make: Callable[[], nn.Module], x: Tensor, y: Tensor, frozen: bo
     return peak_bytes(ours, x.device) / peak_bytes(plain, x.device)
 
 
+def saving_ratios(
+    method: str, experiment: Experiment, images: Images, device: torch.device
+) -> tuple[float, float]:
+    """Compare a saved training with what it must hold, and its saving with five minutes of it.
+
+    Parameters
+    ----------
+    method
+        Name of the method.
+    experiment
+        With one task.
+    images
+        Its data.
+    device
+        Where to train.
+
+    Returns
+    -------
+    tuple of float
+        Bytes of the file per byte of parameters, of the optimizer's state and of the method's own
+        tensors; seconds of saving per second of training, once in `SAVE_EVERY`.
+    """
+    sizes: list[float] = []
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "training.pt"
+
+        def write(state: dict[str, Any]) -> None:
+            began = time.perf_counter()
+            save_state(file, state)
+            seconds.append(time.perf_counter() - began)
+            training = state["training"]
+            held = [numbers(training[part]) for part in ("model", "optimizer", "plugins")]
+            sizes.append(file.stat().st_size / (4 * sum(held)))
+
+        saver = Saver(write, every=0.0)
+        scenario = experiment.scenario(images, seed=0)
+        evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
+        setup = Setup(experiment, scenario, 0, device, evaluator, saver=saver)
+        settings = replace(METHODS[method].settings["pmnist"], epochs=None)
+        learner = METHODS[method].build(setup, settings)
+        learner.strategy.train(scenario.streams["train"][0], eval_streams=[])
+    return max(sizes), statistics.median(seconds) / SAVE_EVERY
+
+
+def workers_ratio(cells: int = 8) -> float | None:
+    """Compare the time that two workers take for some tiny cells with that of one.
+
+    Each worker has imported what it needs before, and has one core.
+
+    Returns
+    -------
+    float or None
+        None without Ray.
+    """
+    try:
+        import ray
+    except ImportError:
+        return None
+    from benchmarks.cluster import Parallel, connected
+
+    took = {}
+    cpu = torch.device("cpu")
+    experiment = Quickstart(tasks=2)
+    with tempfile.TemporaryDirectory() as folder, connected(Parallel()):
+        for workers, seeds in ((2, 2), (1, cells), (2, cells)):  # the first warms up
+            place = Path(folder) / f"{workers}-{seeds}"
+            places = Places(place / "records", place / "runs")
+            grid = plan(experiment, ["finetune"], range(seeds))
+            began = time.perf_counter()
+            with redirect_stdout(io.StringIO()):
+                code = run_grid(grid, places, cpu, "disabled", parallel=Parallel(workers))
+            if code:
+                raise RuntimeError(f"{workers} workers ended with {code}")
+            took[workers] = time.perf_counter() - began
+    assert not ray.is_initialized()
+    return took[2] / took[1]
+
+
 @dataclass(frozen=True)
 class Row:
     """A measured ratio and its bound, if it has one."""
@@ -569,6 +652,14 @@ def main() -> None:
     bounds = {"clnp": 1.1, "ewc": 1.4, "si": 1.5, "superposition": 1.3}
     for name, ratio in step_ratios(tuple(bounds), images, device).items():
         print(Row(f"step, 784-2000-2000-10, {name} / finetune", ratio, bounds[name]))
+
+    short = replace(wide, epochs=1)
+    for name in ("finetune", "clnp", "si"):
+        size, ratio = saving_ratios(name, short, images, device)
+        print(Row(f"saved training, {name}: bytes / bytes that it must hold", size, 1.05))
+        print(Row("  seconds of saving / seconds between two savings", ratio, 0.02))
+    if (shared := workers_ratio()) is not None:
+        print(Row("eight cells, two workers / one", shared, 0.65))
 
     pictures = made_photographs(2048)
     pictures = replace(

@@ -271,6 +271,19 @@ def test_a_default_that_changed_under_a_record_is_an_error(
     assert files(tmp_path / "records") == before
 
 
+def test_no_secret_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of W&B stands in no record, log, W&B file, trace of an error, or report."""
+    secret = "0123456789" * 4
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "runs", "out", "data")]
+    options = ["--set", "finetune.lr=1e38", "--methods", "finetune", "single_task", "--seeds", "0"]
+    assert main(["run", *TINY, "--wandb", "offline", *folders, *options]) == 1
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    suffixes = {path.suffix for path in kept}
+    assert {".json", ".jsonl", ".txt", ".wandb", ".html"} <= suffixes
+    assert not [path for path in kept if secret.encode() in path.read_bytes()]
+
+
 # --- other commands -------------------------------------------------------------------------------
 
 

@@ -227,11 +227,17 @@ import os, signal, sys
 from pathlib import Path
 from benchmarks.tracking import Mirror
 start, epoch = eval(sys.argv[2])
-before = set(os.listdir("/proc"))
 mirror = Mirror(Path(sys.argv[1]), "offline")
 mirror.announce(start)
-ours = [p for p in os.listdir("/proc") if p.isdigit() and p not in before]
-core = [p for p in ours if b"wandb-core" in Path("/proc", p, "cmdline").read_bytes()]
+core = []
+for process in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        name = Path("/proc", process, "cmdline").read_bytes()
+        parent = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:
+        continue
+    if b"wandb-core" in name and int(parent) == os.getpid():
+        core.append(process)
 assert core
 for process in core:
     os.kill(int(process), signal.SIGKILL)
