@@ -835,6 +835,7 @@ METHODS: dict[str, Method[Any]] = {
                 **{name: strengths(SI_CIFAR, (0.001, 0.01, 0.1, 1.0)) for name in _NARROW},
             },
             later=frozenset({"strength"}),
+            tuning_tasks={"pmnist": 10},  # as for ewc
         ),
         Method(
             name="joint",
