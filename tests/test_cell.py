@@ -17,6 +17,7 @@ from benchmarks.data import Images, load
 from benchmarks.learners import Settings
 from benchmarks.methods import METHODS, CLNPSettings, Method
 from benchmarks.pmnist import PermutedMNIST
+from benchmarks.process import deterministic
 from benchmarks.quickstart import Quickstart
 from benchmarks.resume import Terminated, load_state, save_state
 
@@ -171,6 +172,31 @@ def test_a_task_goes_on_after_any_step(
     # No step is taken twice, or left out.
     assert steps.count == (6 * EPOCH if method != "joint" else 2 * JOINT_EPOCH)
     assert [path.name for path in tmp_path.iterdir()] == [cells.STATE]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", QUICK)
+def test_a_task_goes_on_bit_for_bit_on_a_gpu(
+    method: str, tmp_path: Path, steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    gpu = torch.device("cuda")
+    images = load("digits", device=gpu)
+    cell = cell_of(method, images=images)
+    quiet: Any = lambda event: None  # noqa: E731
+    try:
+        deterministic()
+        whole = cells.run(cell, images, gpu, tmp_path / "whole", GIT, quiet)
+        for stop in (4, 2 * EPOCH + 1):
+            steps.count = 0
+            folder = tmp_path / str(stop)
+            with steps.stopping(stop), pytest.raises(Terminated):
+                cells.run(cell, images, gpu, folder, GIT, quiet)
+            torch.cuda.manual_seed(99)
+            record = cells.run(cell, images, gpu, folder, GIT, quiet)
+            assert without_times(record) == without_times(whole)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.cell
 from benchmarks import runner
@@ -269,6 +270,26 @@ def test_a_default_that_changed_under_a_record_is_an_error(
     assert "finetune seed 0" in error
     assert "revision: recorded 1, now 2" in error
     assert files(tmp_path / "records") == before
+
+
+def test_deterministic_is_asked_of_torch_and_recorded(
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    grid = ("--methods", "finetune", "--seeds", "0")
+    try:
+        assert run(*grid, "--deterministic") == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    asked = json.loads(record_of(tmp_path, "finetune", 0).read_text())
+    assert asked["environment"]["deterministic"] is True
+    # It is no setting of the cell: the same record, and on a CPU the same bits.
+    assert run(*grid, "--force") == 0
+    plain = json.loads(record_of(tmp_path, "finetune", 0).read_text())
+    assert plain["accuracy"] == asked["accuracy"]
+    assert plain["logit_drift"] == asked["logit_drift"]
 
 
 def test_no_secret_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,9 +304,10 @@ def test_a_resumed_cell_goes_on_in_its_wandb_run(
         return Broken("nothing")
 
     monkeypatch.setattr("wandb.init", init)
-    for learnt in (0, 1, 0):
-        Mirror(tmp_path, "offline").announce({**START, "learnt": learnt})
-    assert ids[0] == ids[1] != ids[2]
+    for learnt, epoch in ((0, None), (0, 3), (1, None), (0, None)):
+        start = {**START, "learnt": learnt, "epoch": epoch}
+        Mirror(tmp_path, "offline").announce(start)
+    assert ids[0] == ids[1] == ids[2] != ids[3]
 
 
 def test_log_is_a_line_an_event_and_appended(tmp_path: Path) -> None:
