@@ -496,7 +496,7 @@ SUPERPOSITION_PMNIST = dataclasses.replace(
 SUPERPOSITION_GRID = (
     SUPERPOSITION_SOURCE,
     dataclasses.replace(SUPERPOSITION_SOURCE, epochs=3),  # the source's number of steps
-    dataclasses.replace(SUPERPOSITION_SOURCE, gain=3.0),
+    dataclasses.replace(SUPERPOSITION_SOURCE, decay_from=0.7),
     SUPERPOSITION_PMNIST,
 )
 SUPERPOSITION_QUICKSTART = SuperpositionSettings(
@@ -910,6 +910,7 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=True,
             grid={"pmnist": SUPERPOSITION_GRID},
+            tuning_tasks={"pmnist": 10},  # three can't see how much ten disturb each other
         ),
         Method(
             name="hat",
@@ -923,11 +924,12 @@ METHODS: dict[str, Method[Any]] = {
             grid={
                 "pmnist": (
                     HATSettings(epochs=25),  # smax and lamb of the authors
+                    HATSettings(epochs=25, embedding_lr=0.003),
                     HATSettings(epochs=25, embedding_lr=0.01),
-                    HATSettings(epochs=25, smax=100.0, embedding_lr=0.01),
                     HATSettings(epochs=25, smax=100.0, embedding_lr=0.01, lamb=0.25),
                 ),
             },
+            tuning_tasks={"pmnist": 10},  # three can't see that units run out
         ),
         Method(
             name="packnet",
