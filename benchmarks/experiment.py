@@ -122,10 +122,18 @@ class Experiment(ABC):
         return {"name": self.name, "preset": self.preset, **fields}
 
     def load(self, data_dir: Path | None, device: str | torch.device, test: bool = True) -> Images:
-        """Load the images onto `device`; without `test`, the test files are not even read."""
+        """Load the images onto `device`; without `test`, the test files are not even read.
+
+        Raises
+        ------
+        UserError
+            If they are missing or damaged, or are no data for this experiment's stream.
+        """
         from benchmarks.data import load
 
-        return load(self.dataset, data_dir, device=device, test=test)
+        images = load(self.dataset, data_dir, device=device, test=test)
+        self.scenario(images, seed=0)  # what the data refuse fails the call, not each cell
+        return images
 
     @abstractmethod
     def scenario(self, images: Images, seed: int) -> CLScenario:

@@ -117,10 +117,8 @@ def test_options(
 
 
 def test_an_option_that_the_data_refuse(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(world, *FINETUNE, "0", "--validation", "1437") == 1
-    out = capsys.readouterr().out
-    assert "1 of 1 cells failed" in out
-    assert "1437 training images: choose from 0 to 1436" in out
+    assert call(world, *FINETUNE, "0", "--validation", "1437") == 2
+    assert "1437 training images: choose from 0 to 1436" in capsys.readouterr().err
 
 
 def test_a_method_cannot_name_a_path(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
