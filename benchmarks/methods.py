@@ -249,6 +249,7 @@ def _si(setup: Setup, settings: SISettings) -> Learner:
 
 
 SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False, strength=0.3)
+SI_DECAY = dataclasses.replace(SI_PMNIST, decay_from=0.7)
 SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=10.0)
 SI_CIFAR = SISettings(decay_from=1.0, strength=0.01, xi=0.001)
 
@@ -337,13 +338,14 @@ def _ewc(setup: Setup, settings: EWCSettings) -> Learner:
     return Learner(setup.strategy(settings, [plugin]), settings, plugin)
 
 
-EWC_PMNIST = EWCSettings(epochs=10, decay_from=1.0, samples=10_000, strength=10_000.0)
-EWC_SLOW = dataclasses.replace(EWC_PMNIST, lr=1e-4, batch_size=128, reset_optimizer=False)
-"""Learning rate, size of batches and state of the optimizer as van de Ven's."""
-EWC_DECAY = dataclasses.replace(EWC_PMNIST, decay_from=0.7)
+EWC_PMNIST = EWCSettings(epochs=10, samples=10_000, strength=1000.0)
+EWC_SLOW = dataclasses.replace(
+    EWC_PMNIST, lr=1e-4, batch_size=128, decay_from=1.0, reset_optimizer=False
+)
+"""Learning rate and its schedule, size of batches and state of the optimizer as van de Ven's."""
 EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
 EWC_CIFAR = EWCSettings(decay_from=1.0, samples=5000)
-EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, decay_from=1.0, samples=10_000)
+EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, samples=10_000)
 EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
 EWC_STRENGTHS = {
     "pmnist": (10.0, 100.0, 1000.0, 10_000.0),
@@ -830,7 +832,10 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=False,
             grid={
-                "pmnist": strengths(SI_PMNIST, (0.03, 0.1, 0.3, 1.0)),
+                "pmnist": (
+                    dataclasses.replace(SI_PMNIST, strength=0.1),  # its authors'
+                    *strengths(SI_DECAY, (0.1, 0.3, 1.0)),
+                ),
                 "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
                 **{name: strengths(SI_CIFAR, (0.001, 0.01, 0.1, 1.0)) for name in _NARROW},
             },
@@ -877,7 +882,7 @@ METHODS: dict[str, Method[Any]] = {
             grid={
                 "pmnist": (
                     *strengths(EWC_SLOW, (100.0, 1000.0)),
-                    *strengths(EWC_DECAY, (100.0, 1000.0)),
+                    *strengths(EWC_PMNIST, (100.0, 1000.0)),
                 ),
                 "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS["quickstart"]),
                 **{name: strengths(EWC_CIFAR, EWC_STRENGTHS["pmnist"]) for name in _NARROW},
@@ -899,6 +904,7 @@ METHODS: dict[str, Method[Any]] = {
                 "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS["quickstart"]),
             },
             later=frozenset({"strength", "gamma"}),
+            tuning_tasks={"pmnist": 10},  # as for ewc
         ),
         Method(
             name="superposition",
