@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 Listener = Callable[[dict[str, Any]], None]
 Matrix = list[list[float | None]]
 
-STATE, TRAINING = "state.pt", "training.pt"
-"""Files in the cell's folder: the state after the last learnt task, and within the next one."""
+STATE, TRAINING, CANDIDATES = "state.pt", "training.pt", "task*-*.pt"
+"""Files in the cell's folder: the state after the last learnt task, and within the next one; and
+the candidates of a search that have been trained."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ class Cell:
         settings = changed(self.settings)
         first = {name: settings[name] for name in settings if name not in self.method.later}
         return digest({**self._named(first), "learnt": 1})
+
+    @property
+    def first_config(self) -> dict[str, Any]:
+        """The settings in `config` that can change what the first task learns."""
+        method = self.config["method"]
+        return self.config | {
+            "method": {name: method[name] for name in method if name not in self.method.later}
+        }
 
     @cached_property
     def trained_hash(self) -> str | None:
@@ -273,15 +282,38 @@ class Course:
         return len(self.seconds)
 
 
-def _saved(path: Path, hash_: str, ignored: list[str]) -> dict[str, Any] | None:
-    """Return the state in a file; None if there is none, or one that can't be used: say why."""
+def _saved(path: Path, made: dict[str, Any], ignored: list[str]) -> dict[str, Any] | None:
+    """Return the state in a file; None if there is none, or one that can't be used: say why.
+
+    Raises
+    ------
+    UserError
+        If it was saved on another kind of device, whose numbers differ. It may hold days of work.
+    """
     if not path.exists():
         return None
     try:
-        return load_state(path, hash_)
+        state = load_state(path, made["hash"])
+        # A default that has changed since is in no hash.
+        if wrong := records.disagreements(state["config"], made["config"]):
+            raise ValueError(f"it was trained with other settings ({'; '.join(wrong)})")
     except ValueError as error:
         ignored.append(f"{path} is not used, what it holds is trained again: {error}")
         return None
+    if state["device"] != made["device"]:
+        raise UserError(
+            f"{path} was saved on {state['device']}, and this is {made['device']}, which computes "
+            f"other numbers. Go on there (--device {state['device']}), or delete it to begin anew."
+        )
+    return state
+
+
+def _joined(git: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Return the code that runs, and what other code has contributed before it."""
+    commits = [c for other in others for c in (*other.get("earlier", ()), other["commit"])]
+    earlier = [commit for commit in dict.fromkeys(commits) if commit != git["commit"]]
+    dirty = git["dirty"] or any(other["dirty"] for other in others)
+    return {**git, "dirty": dirty} | ({"earlier": earlier} if earlier else {})
 
 
 def run(
@@ -345,29 +377,36 @@ def run(
     path, training = folder / STATE, folder / TRAINING
     for file in (path, training):
         records.remove_leftovers(file)
-    starts = {path: cell.hash} | ({} if first is None else {first: cell.first_hash})
-    state = next(filter(None, (_saved(*start, ignored) for start in starts.items())), None)
+    made = {"format": FORMAT, "hash": cell.hash, "config": cell.config, "device": device.type}
+    made_first = made | {"hash": cell.first_hash, "config": cell.first_config}
+    starts = [(path, made), *([] if first is None else [(first, made_first)])]
+    state = next(filter(None, (_saved(*start, ignored) for start in starts)), None)
     course = (
         Course(git, {name: [] for name in streams}) if state is None else Course(**state["course"])
     )
-    course.git = {**git, "dirty": git["dirty"] or course.git["dirty"]}
-    within = _saved(training, cell.hash, ignored)
+    within = _saved(training, made, ignored)
     if within is not None and within["task"] != course.learnt:
         within = None  # of a task that has been learnt since
-    if within is not None:
-        course.git["dirty"] |= within["git"]["dirty"]
+    course.git = _joined(git, course.git, *([] if within is None else [within["git"]]))
+    if course.git["dirty"] and not git["dirty"]:
+        ignored.append(f"{folder} was begun by changed code, and the record will say so")
     began = started
+    unsaved: dict[Path, dict[str, Any]] = {}
 
     def save_training(saved: dict[str, Any]) -> None:
+        for where, what in list(unsaved.items()):  # without them it would be of no use
+            save(where, what)
         spent = time.perf_counter() - began
-        saved |= {"format": FORMAT, "hash": cell.hash, "spent": spent, "git": course.git}
-        save(training, saved)
+        save(training, made | saved | {"spent": spent, "git": course.git})
 
-    def save(where: Path, saved: dict[str, Any]) -> None:
+    def save(where: Path, saved: dict[str, Any]) -> bool:
         try:
             save_state(where, saved)
         except UserError as error:  # a full disk must not end what trains
             announce({"event": "warning", "text": f"{error} The training goes on, not saved."})
+            return False
+        unsaved.pop(where, None)
+        return True
 
     trials: dict[int, SharedTrials] = {}
 
@@ -417,26 +456,25 @@ def run(
         saved = max([spent, *(t.saved for t in found)])
         began -= saved - spent
         started -= saved
-        course.git["dirty"] |= any(t.dirty for t in found)
         course.train_seconds += time.perf_counter() - began
         for name, stream in streams.items():
             row = measure(learner.strategy, stream, learner.learnt(task + 1))
             course.accuracy[name].append(row)
         course.seconds.append(time.perf_counter() - began)
-        state = {
-            "format": FORMAT,
-            "hash": cell.hash,
+        state = made | {
             "learner": learner.state(),
             "drift": drift.state_dict(),
             "course": vars(course),
             "rng": torch.get_rng_state(),
         }
-        save(path, state)
         if task == 0 and first is not None:
-            save(first, state | {"hash": cell.first_hash})
-        training.unlink(missing_ok=True)
-        if task in trials:
-            trials[task].forget()
+            save(first, state | made_first)
+        if save(path, state):
+            training.unlink(missing_ok=True)
+            if task in trials:
+                trials[task].forget()
+        else:
+            unsaved[path] = copy.deepcopy(state)  # tried again later, when the network has moved on
         announce(
             {
                 "event": "task",

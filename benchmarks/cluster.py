@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -25,8 +26,8 @@ from benchmarks.cell import Cell
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment
 from benchmarks.process import tune
-from benchmarks.resume import Stop
-from benchmarks.runner import Book, Failure, Work, pick_device, run_one
+from benchmarks.resume import Stop, Terminated
+from benchmarks.runner import Book, Failure, Work, git_state, pick_device, run_one
 from benchmarks.tracking import Event, View
 
 RETRIES = 3
@@ -69,6 +70,11 @@ class Parallel:
                 f"--gpus-per-cell {share:g}: a share of a GPU above 0 and up to 1, such as 0.25, "
                 "or a whole number."
             )
+        if ":" in self.device:
+            raise UserError(
+                f"--device {self.device}: Ray chooses which GPU a cell gets; give --device "
+                f"{self.device.partition(':')[0]}."
+            )
 
 
 def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
@@ -92,10 +98,11 @@ def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
     KeyboardInterrupt
         As `Stop` says.
     """
-    with connected(parallel) as ray:
+    # ray.init takes SIGTERM for itself.
+    with connected(parallel) as ray, stop.listening():
         needs = resources(ray, parallel, len(book.todo))
         work = replace(book.work, runs=book.work.runs.resolve())
-        task = ray.remote(max_calls=0, max_retries=RETRIES, **needs.options)(_run)
+        task = ray.remote(max_calls=needs.calls, max_retries=RETRIES, **needs.options)(_run)
         send = (parallel, needs, work)
         left = list(book.todo)
         running: dict[Any, tuple[Cell, ExitStack]] = {}
@@ -156,7 +163,9 @@ def connected(parallel: Parallel) -> Iterator[Any]:
     if ours:
         where: dict[str, Any] = {"address": parallel.address}
         if parallel.address is None:
-            where = {"num_cpus": os.cpu_count(), "_node_ip_address": "127.0.0.1"}
+            # "local": a new one, even beside another that runs on this machine.
+            where = {"address": "local", "num_cpus": os.cpu_count()}
+            where["_node_ip_address"] = "127.0.0.1"
         try:
             ray.init(
                 **where,
@@ -166,9 +175,10 @@ def connected(parallel: Parallel) -> Iterator[Any]:
             )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(
-                f"No Ray cluster at --ray-address {parallel.address}: {reason}"
-            ) from error
+            what = "Ray cannot be started"
+            if parallel.address is not None:
+                what = f"No Ray cluster at --ray-address {parallel.address}"
+            raise UserError(f"{what}: {reason}") from error
     try:
         yield ray
     finally:
@@ -184,6 +194,8 @@ class Needs:
     threads: int
     cells: int
     """How many run at once."""
+    calls: int = 0
+    """How many a process of Ray's runs before it ends; 0: all that come."""
 
 
 def resources(ray: Any, parallel: Parallel, cells: int) -> Needs:
@@ -210,9 +222,9 @@ def resources(ray: Any, parallel: Parallel, cells: int) -> Needs:
     # Threads for the cores that a cell has: more would only wait for each other.
     cpus = min(cores / at_once, most_cores)
     whole = max(int(cpus), 1)
-    return Needs(
-        {"num_cpus": float(whole) if cpus >= 1 else cpus, "num_gpus": share}, whole, at_once
-    )
+    options = {"num_cpus": float(whole) if cpus >= 1 else cpus, "num_gpus": share}
+    # torch keeps the GPU that a process got first, and Ray may give it another one the next time.
+    return Needs(options, whole, at_once, calls=1 if share and most_gpus > 1 else 0)
 
 
 def _startable(book: Book, left: list[Cell], running: int, most: int) -> list[Cell]:
@@ -293,6 +305,13 @@ def _run(
     cell: Cell, others: list[Cell], parallel: Parallel, needs: Needs, work: Work
 ) -> records.Record | Failure:
     """Run a cell in a process of Ray's."""
+    here = git_state()
+    if here["commit"] != work.git["commit"]:
+        return Failure(
+            f"the code on {socket.gethostname()} is that of commit {here['commit']}, and here of "
+            f"{work.git['commit']}; all machines need the same checkout"
+        )
+    work = replace(work, git={**work.git, "dirty": work.git["dirty"] or here["dirty"]})
     tune()  # first of all, as in a process of one's own
     torch.set_num_threads(cell.experiment.threads or needs.threads)
     device = pick_device(parallel.device)
@@ -301,7 +320,10 @@ def _run(
     # A cell that waits for its candidates gives its cores to them, but would keep its GPU.
     candidates = None if needs.options["num_gpus"] else RayExecutor(needs.options)
     with stop.listening():
-        return run_one(cell, others, work, images, device, _log_alone, stop, candidates)
+        try:
+            return run_one(cell, others, work, images, device, _log_alone, stop, candidates)
+        except Terminated:  # the machine goes, not the user: Ray runs it again elsewhere
+            os._exit(1)
 
 
 def _log_alone(_cell: str, _event: Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,13 @@ from filelock import FileLock, Timeout
 from benchmarks.errors import UserError
 
 LOCK, OWNER = "lock", "owner.json"
+A_LOOK = 0.2
+"""Seconds that a lock is waited for: whoever only looks (`held`) has it for less."""
+
+
+def _lock(folder: Path, timeout: float) -> FileLock:
+    # filelock's other kind of lock outlives its owner where that died on another machine.
+    return FileLock(folder / LOCK, timeout=timeout, fallback_to_soft=False)
 
 
 @contextmanager
@@ -37,8 +45,8 @@ def claimed(folder: Path) -> Iterator[bool]:
     UserError
         If the folder cannot be written.
     """
-    # Whatever blocks is told at once; a second handle of this process counts as another's.
-    lock = FileLock(folder / LOCK, timeout=0)
+    # A second handle of this process counts as another's.
+    lock = _lock(folder, A_LOOK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -46,6 +54,11 @@ def claimed(folder: Path) -> Iterator[bool]:
         yield False
         return
     except OSError as error:
+        if error.errno == errno.ENOSYS:
+            raise UserError(
+                f"The file system of {folder} has no locks, so that two processes could run the "
+                "same cell: choose another one with --runs-dir."
+            ) from error
         raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from error
     owner = {"host": socket.gethostname(), "process": os.getpid(), "since": round(time.time())}
     try:
@@ -62,7 +75,7 @@ def held(folder: Path) -> bool:
     """Return whether some process holds a folder's lock."""
     if not (folder / LOCK).exists():
         return False
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = _lock(folder, 0)
     try:
         lock.acquire()
     except (Timeout, OSError):

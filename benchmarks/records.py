@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.errors import UserError
 from benchmarks.experiment import digest
@@ -14,6 +18,9 @@ from benchmarks.experiment import digest
 Record = dict[str, Any]
 Tuning = dict[str, Any]
 """The result of a method's grid; see `benchmarks.tune`."""
+
+A_DAY = 86_400.0
+"""Seconds."""
 
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "experiment": str,
@@ -121,7 +128,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     UserError
         If the folder or the file cannot be written; no half file is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_writer(os.getpid())}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -137,11 +144,23 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _writer(process: int) -> str:
+    """Name a process among those of all machines that see the folder."""
+    return f"{socket.gethostname()}.{process}"
+
+
 def remove_leftovers(path: Path) -> None:
-    """Remove what writers of a file have left that were killed; nobody else may be writing it."""
+    """Remove what writers of a file have left that were killed, on this machine or a day ago."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
+        process = left.name.split(".")[-2]
+        ours = process.isdigit() and left.name == f".{path.name}.{_writer(int(process))}.tmp"
         with contextlib.suppress(OSError):
-            left.unlink(missing_ok=True)
+            if ours:
+                dead = int(process) == os.getpid() or not psutil.pid_exists(int(process))
+            else:
+                dead = time.time() - left.stat().st_mtime > A_DAY
+            if dead:
+                left.unlink(missing_ok=True)
 
 
 def write(path: Path, record: Record) -> None:
@@ -248,4 +267,4 @@ def check_writable(folder: Path) -> None:
     """
     probe = folder / f".probe-{os.getpid()}"
     write_atomically(probe, b"")
-    probe.unlink()
+    probe.unlink(missing_ok=True)

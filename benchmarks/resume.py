@@ -30,7 +30,7 @@ from clnp.random_state import random_state, set_random_state
 
 State = dict[str, Any]
 
-FORMAT = 3
+FORMAT = 4
 """Of all saved states; raised when their contents change."""
 SAVE_EVERY = 300.0
 """Seconds of training after which its state is saved."""
@@ -86,6 +86,8 @@ class Stop:
             yield
         finally:
             self._deferring = False
+        if self.asked is not None:  # since the last step
+            raise self.error()
 
 
 def _nowhere(_state: State) -> None:
@@ -98,7 +100,7 @@ class Saver:
     Parameters
     ----------
     write
-        Saves a state, with ``task``, ``candidate`` (of a search, else None) and ``training``.
+        Saves a state, with ``task``, ``candidate`` (of a search, else 0) and ``training``.
     saved
         The state to go on from, if there is one.
     stop
@@ -294,7 +296,8 @@ def _of(strategy: Any) -> State:
     return {
         # logging(): an experience in training hides its index.
         "task": strategy.experience.logging().current_experience,
-        "candidate": next((number for number in found if number is not None), None),
+        # A training that is no search's is the same as that of a grid of one.
+        "candidate": next((number for number in found if number is not None), 0),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import time
 import traceback
@@ -102,6 +103,25 @@ def recorded(cell: Cell, places: Places) -> bool:
     return True
 
 
+def renew(cell: Cell, places: Places) -> bool:
+    """Forget what is saved of a cell from before its record; return True.
+
+    What is younger is of an interrupted run with ``--force``, which goes on.
+    """
+    path = cell.record_path(places.records)
+    if path.exists():
+        forget(cell.run_dir(places.runs), path.stat().st_mtime)
+    return True
+
+
+def forget(folder: Path, before: float = math.inf) -> None:
+    """Delete what is saved of a cell, as far as it is older than `before` (seconds since 1970)."""
+    for name in (cells.STATE, cells.TRAINING, TRACE, cells.CANDIDATES):
+        for path in folder.glob(name):
+            if path.stat().st_mtime <= before:
+                path.unlink(missing_ok=True)
+
+
 def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Return the cells of a grid, without their data yet.
 
@@ -193,9 +213,11 @@ def run_grid(
         device,
         git,
         places.runs,
-        lambda cell, record: record_at_last(cell.record_path(places.records), record),
+        lambda cell, record: write_at_last(
+            lambda: records.write(cell.record_path(places.records), record)
+        ),
         wandb,
-        recorded=lambda cell: not force and recorded(cell, places),
+        recorded=lambda cell: not (force and renew(cell, places)) and recorded(cell, places),
         save_every=save_every,
         parallel=parallel,
         exact=exact,
@@ -267,7 +289,10 @@ class Book:
             self.elsewhere.append(f"{cell.name} ({named(folder)})")
             self.unfinished.add(cell.trained_hash)
             return True
-        return self.recorded(cell)
+        if self.recorded(cell):
+            forget(folder)  # of a process that died after recording it
+            return True
+        return False
 
     def ended(self, cell: Cell, result: records.Record | Failure) -> None:
         """Keep a record, or what went wrong.
@@ -282,10 +307,10 @@ class Book:
             self.unfinished.add(cell.trained_hash)
             if result.diverged and self.diverged is not None:
                 self.diverged(cell)
+                forget(cell.run_dir(self.work.runs))
             return
         self.keep(cell, result)
-        for name in (cells.STATE, cells.TRAINING, TRACE):
-            (cell.run_dir(self.work.runs) / name).unlink(missing_ok=True)
+        forget(cell.run_dir(self.work.runs))
 
     def tidy(self, left: Sequence[Cell]) -> None:
         """Delete what cells share and none of those that are left needs."""
@@ -295,6 +320,7 @@ class Book:
             first = self.work.first_state(cell)
             if first is not None and first not in firsts and not self.failed:
                 first.unlink(missing_ok=True)
+                records.remove_leftovers(first)
             if cell.trained_hash not in trained and (
                 shared := trials(cell, [], self.work.runs, self.work.git, self.device)
             ):
@@ -309,11 +335,11 @@ class Book:
 
 
 TRIES, PAUSE = 20, 30.0
-"""How often the writing of a record is tried, and seconds between two tries."""
+"""How often the writing of a result is tried, and seconds between two tries."""
 
 
-def record_at_last(path: Path, record: records.Record) -> None:
-    """Write a record; if the disk is full, wait for someone to make room.
+def write_at_last(write: Callable[[], None]) -> None:
+    """Write a result; if the disk is full, wait for someone to make room.
 
     Raises
     ------
@@ -322,7 +348,7 @@ def record_at_last(path: Path, record: records.Record) -> None:
     """
     for left in reversed(range(TRIES)):
         try:
-            records.write(path, record)
+            write()
         except UserError as error:
             if not left:
                 raise
@@ -497,7 +523,11 @@ def run_one(
     if work.deterministic:
         deterministic()
     folder = cell.run_dir(work.runs)
-    tracker = Tracker(cell.name, folder, work.wandb, show)
+    try:
+        (folder / TRACE).unlink(missing_ok=True)
+        tracker = Tracker(cell.name, folder, work.wandb, show)
+    except OSError as error:
+        return Failure(f"cannot write {folder}: {error.strerror or error}")
     failed = True
     try:
         shared = trials(cell, others, work.runs, work.git, device, candidates)
@@ -511,6 +541,13 @@ def run_one(
         with contextlib.suppress(OSError):  # a full disk
             trace.write_text(f"{cell.name}\n{canonical(cell.config)}\n\n{traceback.format_exc()}")
         tracker.announce({"event": "failed", "error": text})
-        return Failure(f"{text} (see {trace})", isinstance(error, FloatingPointError))
+        return Failure(f"{text} (see {trace})", _diverged(error))
     finally:
         tracker.close(failed)
+
+
+def _diverged(error: BaseException | None) -> bool:
+    """Return whether a number that isn't finite is at the root of an error."""
+    return error is not None and (
+        isinstance(error, FloatingPointError) or _diverged(error.__cause__)
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.errors import UserError
 from benchmarks.records import remove_leftovers
 from benchmarks.resume import FORMAT, load_state, pack_random, save_state, unpack_random
 from clnp.plugin import Outcome
@@ -46,7 +48,7 @@ class SharedTrials(Executor):
         self.hash = hash_
         self.made = {"commit": git["commit"], "device": device.type}
         self.dirty = bool(git["dirty"])
-        """Whether this code has uncommitted changes, or that which trained what was on file."""
+        """Whether this code has uncommitted changes."""
         self.saved = 0.0
         """Seconds that the trainings found on file had taken."""
 
@@ -66,7 +68,8 @@ class SharedTrials(Executor):
             if trial.outcome is not None:
                 named = {"format": FORMAT, "hash": self.hash, "made": self.made}
                 state = named | {"dirty": self.dirty, "trial": pack(trial)}
-                save_state(self._file(candidate), state)
+                with suppress(UserError):  # a full disk must not end what trains
+                    save_state(self._file(candidate), state)
             yield trial
 
     def _file(self, candidate: Any) -> Path:
@@ -76,13 +79,13 @@ class SharedTrials(Executor):
         """Return the trial that is on file, if it is and can be trusted."""
         try:
             state = load_state(self._file(candidate), self.hash)
-            if state["made"] != self.made:
+            # What changed code has trained would spoil the record of a clean one.
+            if state["made"] != self.made or (state["dirty"] and not self.dirty):
                 return None
             trial = unpack(state["trial"])
         except (OSError, ValueError, KeyError):
             return None
         self.saved += trial.seconds
-        self.dirty = self.dirty or bool(state["dirty"])
         return trial
 
     def files(self) -> list[Path]:

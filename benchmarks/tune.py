@@ -26,10 +26,11 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
 from benchmarks.resume import SAVE_EVERY
-from benchmarks.runner import git_state, run_cells
+from benchmarks.runner import git_state, run_cells, write_at_last
 
 if TYPE_CHECKING:
     from benchmarks.cluster import Parallel
+    from benchmarks.data import Images
 
 FIRST_SEED = 100
 """Seeds below it are those of the tables: nothing is chosen by them."""
@@ -143,8 +144,26 @@ def run(
     records.check_writable(path.parent)
     records.check_writable(runs)
     tune_process()
-    git = git_state()
     images = asked.experiment.load(data, device, test=False)
+    folder = runs / "tuning"
+    # One process a result, whatever the number of tasks: it is read before and written after.
+    lock = folder / asked.experiment.preset / asked.method.name
+    with claimed(lock) as mine:
+        if not mine:
+            raise UserError(f"{asked.method.name} is being tuned already, by {named(lock)}.")
+        return _run_missing(asked, path, folder, images, device, save_every, parallel)
+
+
+def _run_missing(
+    asked: Request,
+    path: Path,
+    folder: Path,
+    images: Images,
+    device: torch.device,
+    save_every: float,
+    parallel: Parallel | None,
+) -> tuple[int, Tuning]:
+    git = git_state()
     config = {
         "experiment": asked.experiment.config(),
         "data": {asked.experiment.dataset: images.fingerprint},
@@ -152,25 +171,28 @@ def run(
     before = _earlier(path, asked, config)
     seeds = sorted({*asked.seeds, *(before["seeds"] if before else ())})
     grid = asked.cells(seeds, images.fingerprint)
-    done = {
-        run["hash"]: run
-        for candidate in (before["candidates"] if before else ())
-        for run in candidate["runs"]
-    }
-    wanted = {cell.hash for row in grid for cell in row}
+    tried = [candidate for candidate in (before or {}).get("candidates", ()) if candidate["runs"]]
+    done = {run["hash"]: run for candidate in tried for run in candidate["runs"]}
+    wanted = {cell.hash: cell for row in grid for cell in row}
     # What was tried with another grid has been tried: it stays, and counts.
-    left = [
-        candidate
-        for candidate in (before["candidates"] if before else ())
-        if candidate["runs"] and wanted.isdisjoint(run["hash"] for run in candidate["runs"])
-    ]
+    left = []
+    for candidate in tried:
+        same = [wanted[run["hash"]] for run in candidate["runs"] if run["hash"] in wanted]
+        if not same:
+            left.append(candidate)
+        # A default that has changed since is in no hash.
+        elif wrong := records.disagreements(candidate["settings"], same[0].config["method"]):
+            raise UserError(
+                f"{path}: a candidate was trained with other settings ({'; '.join(wrong)}). Delete "
+                "it to tune anew, or write elsewhere with --tuning-dir."
+            )
 
     def result() -> Tuning:
         return _result(asked, config, seeds, grid, done, left)
 
     def keep(cell: Cell, record: records.Record) -> None:
         done[cell.hash] = _run(cell, record)
-        records.write_tuning(path, result())
+        write_at_last(lambda: records.write_tuning(path, result()))
 
     def diverged(cell: Cell) -> None:
         # A result; what fails otherwise is to be mended and run again.
@@ -188,14 +210,9 @@ def run(
     if git["dirty"]:
         print("The code has uncommitted changes; the result will say so.")
     todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
-    folder = runs / "tuning"
-    with claimed(folder / asked.experiment.name / asked.method.name) as mine:
-        if not mine:
-            where = folder / asked.experiment.name / asked.method.name
-            raise UserError(f"{asked.method.name} is being tuned already, by {named(where)}.")
-        options = {"diverged": diverged, "save_every": save_every, "parallel": parallel}
-        more: dict[str, Any] = {"share_first": True, **options}
-        code = run_cells(todo, images, device, git, folder, keep, **more)
+    options = {"diverged": diverged, "save_every": save_every, "parallel": parallel}
+    more: dict[str, Any] = {"share_first": True, **options}
+    code = run_cells(todo, images, device, git, folder, keep, **more)
     if code == 0:
         records.write_tuning(path, result())
     return code, result()

@@ -422,7 +422,7 @@ def _choose(
         raise CLNPError(
             f"all {len(trials)} candidates diverged ({trials[0].error}), so the task isn't learnt; "
             "try lower learning rates, or clip gradients"
-        )
+        ) from FloatingPointError(trials[0].error)
     best = max(max(outcome.validation) for outcome in outcomes)
     scanned = [_scan(plugin, strategy, trial, best) for trial in trials]
     bound = best - plugin.task_margin

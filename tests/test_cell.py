@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,17 @@ from benchmarks import cell as cells
 from benchmarks import records
 from benchmarks.cell import Cell
 from benchmarks.data import Images, load
+from benchmarks.errors import UserError
 from benchmarks.learners import Settings
 from benchmarks.methods import METHODS, CLNPSettings, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.process import deterministic
 from benchmarks.quickstart import Quickstart
 from benchmarks.resume import Terminated, load_state, save_state
+from benchmarks.shared import SharedTrials
+from clnp.plugin import Outcome
+from clnp.random_state import random_state
+from clnp.search import Trial
 
 TINY = Quickstart(
     tasks=3, epochs=2, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
@@ -303,6 +309,130 @@ def test_a_state_of_another_format_is_not_used(images: Images, tmp_path: Path) -
     events: list[dict[str, Any]] = []
     run(cell, images, tmp_path, events.append)
     assert "another version of the code" in events[0]["ignored"]
+
+
+def interrupted(cell: Cell, images: Images, folder: Path, task: int, **options: Any) -> None:
+    """Run a cell until a task has been learnt."""
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "task" and event["task"] == task:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cell, images, folder, interrupt, **options)
+
+
+def altered(path: Path, hash_: str, **changes: Any) -> None:
+    save_state(path, load_state(path, hash_) | changes)
+
+
+def test_a_state_trained_with_other_defaults_is_not_used(
+    images: Images, finished: dict[str, Any], tmp_path: Path
+) -> None:
+    """A default that has changed since leaves the hash as it was."""
+    cell = cell_of("si", images=images)
+    interrupted(cell, images, tmp_path, 0)
+    config = cell.config | {"method": cell.config["method"] | {"xi": 0.2}}
+    altered(tmp_path / cells.STATE, cell.hash, config=config)
+    events: list[dict[str, Any]] = []
+    record = run(cell, images, tmp_path, events.append)
+    assert "other settings (method.xi: recorded 0.2, now 0.1)" in events[0]["ignored"]
+    assert without_times(record) == without_times(finished["si"])
+
+
+@pytest.mark.parametrize("name", [cells.STATE, cells.TRAINING])
+def test_a_state_of_another_kind_of_device_is_left_alone(
+    name: str, images: Images, tmp_path: Path, steps: Any
+) -> None:
+    cell = cell_of("finetune", images=images)
+    with (
+        steps.stopping(EPOCH + 4 if name == cells.TRAINING else 3 * EPOCH),
+        pytest.raises(Terminated),
+    ):
+        run(cell, images, tmp_path)
+    altered(tmp_path / name, cell.hash, device="cuda")
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError, match=r"saved on cuda, and this is cpu.*--device cuda"):
+        run(cell, images, tmp_path)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_the_record_names_all_code_that_trained(images: Images, tmp_path: Path) -> None:
+    cell = cell_of("finetune", images=images)
+
+    def run_by(commit: str, dirty: bool, announce: Any) -> dict[str, Any]:
+        git = {"commit": commit, "dirty": dirty}
+        return cells.run(cell, images, torch.device("cpu"), tmp_path, git, announce)
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "task":
+            raise KeyboardInterrupt
+
+    for commit, dirty in (("a", False), ("b", True)):
+        with pytest.raises(KeyboardInterrupt):
+            run_by(commit, dirty, interrupt)
+    events: list[dict[str, Any]] = []
+    record = run_by("c", False, events.append)
+    assert record["git"] == {"commit": "c", "dirty": True, "earlier": ["a", "b"]}
+    assert "begun by changed code" in events[0]["ignored"]
+
+
+def test_a_task_that_could_not_be_saved_is_saved_later(
+    images: Images,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: Any,
+) -> None:
+    """The disk is full when the first task ends, and has room again in the second."""
+    cell, failed = cell_of("single_task", images=images), []
+
+    def full(path: Path, state: dict[str, Any]) -> None:
+        if path.name == cells.STATE and not failed:
+            failed.append(path)
+            raise UserError("No space left on device")
+        save_state(path, state)
+
+    monkeypatch.setattr(cells, "save_state", full)
+    with steps.stopping(3 * EPOCH), pytest.raises(Terminated):
+        run(cell, images, tmp_path)
+    assert failed
+    events: list[dict[str, Any]] = []
+    record = run(cell, images, tmp_path, events.append)
+    assert (events[0]["learnt"], events[0]["epoch"], events[0]["ignored"]) == (1, 0, None)
+    assert without_times(record) == without_times(finished["single_task"])
+
+
+def test_a_task_goes_on_whoever_shares_it(
+    images: Images, finished: dict[str, Any], tmp_path: Path, steps: Any
+) -> None:
+    """A training that was begun for several cells is gone on with for one, and the reverse."""
+    cell = cell_of("clnp", images=images)
+    assert cell.trained_hash is not None
+    shared = SharedTrials(tmp_path / "shared.pt", cell.trained_hash, GIT, torch.device("cpu"))
+    for first, then in ((shared, None), (None, shared)):
+        folder = tmp_path / str(first is None)
+        steps.count = 0
+        with steps.stopping(4), pytest.raises(Terminated):
+            run(cell, images, folder, shared=first)
+        record = run(cell, images, folder, shared=then)
+        assert steps.count == 6 * EPOCH
+        assert without_times(record) == without_times(finished["clnp"])
+
+
+def test_what_changed_code_trained_is_not_shared_with_clean_code(tmp_path: Path) -> None:
+    trained: list[str] = []
+
+    def train(candidate: Any) -> Any:
+        trained.append(candidate.index)
+        outcome = Outcome([0.5], 1, {"fc1": torch.ones(2)})
+        return Trial(outcome, 1.0, random_state(torch.device("cpu")), {}, [])
+
+    for dirty, times in ((True, 1), (True, 1), (False, 2), (False, 2), (True, 2)):
+        git = {"commit": "a", "dirty": dirty}
+        shared = SharedTrials(tmp_path / "first.pt", "h", git, torch.device("cpu"))
+        list(shared.map(train, [SimpleNamespace(index=0)]))
+        assert len(trained) == times
 
 
 @pytest.mark.parametrize("tasks", ["first", "each"])

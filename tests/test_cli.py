@@ -235,6 +235,44 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(
         assert resumed[key] == straight[key]
 
 
+def test_force_goes_on_from_nothing_older_than_the_record(
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state that stayed behind, while the record came from another machine, isn't finished."""
+    grid = ("--methods", "finetune", "--seeds", "0")
+    announce = Tracker.announce
+
+    def stop(self: Tracker, event: dict[str, Any]) -> None:
+        announce(self, event)
+        if event["event"] == "task":
+            raise KeyboardInterrupt
+
+    def stopped(*options: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracker, "announce", stop)
+            return run(*grid, *options)
+
+    def tasks_learnt_before() -> list[int]:
+        (log,) = tmp_path.rglob("log.jsonl")
+        events = map(json.loads, log.read_text().splitlines())
+        return [event["learnt"] for event in events if event["event"] == "start"]
+
+    assert stopped() == 130
+    (state,) = tmp_path.rglob("state.pt")
+    old = state.read_bytes()
+    assert run(*grid) == 0
+    (record,) = tmp_path.glob("records/*/*/*.json")
+    state.write_bytes(old)
+    os.utime(state, (1, 1))
+    assert run(*grid, "--force") == 0
+    assert not state.exists()
+    # But what --force itself has saved is gone on with.
+    assert stopped("--force") == 130
+    os.utime(record, (1, 1))
+    assert run(*grid, "--force") == 0
+    assert tasks_learnt_before() == [0, 1, 0, 0, 1]
+
+
 def test_a_damaged_record_is_named_and_never_used(
     run: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,10 +19,10 @@ import torch
 from benchmarks import cluster
 from benchmarks.__main__ import main
 from benchmarks.cell import Cell
-from benchmarks.cluster import Parallel, resources
+from benchmarks.cluster import Needs, Parallel, resources
 from benchmarks.errors import UserError
 from benchmarks.quickstart import Quickstart
-from benchmarks.runner import Places, plan, run_grid
+from benchmarks.runner import Failure, Places, Work, plan, run_grid
 
 ray = pytest.importorskip("ray", reason="the extra [cluster] isn't installed")
 
@@ -122,12 +123,15 @@ def when_training(folder: Path, act: Any) -> threading.Thread:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_killed_worker_costs_nothing(nodes: Any, alone: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "preempted"])
+def test_a_killed_worker_costs_nothing(
+    how: signal.Signals, nodes: Any, alone: dict[str, Any], tmp_path: Path
+) -> None:
     killed: list[int] = []
 
     def kill() -> None:
         for process in workers():
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, how)
             killed.append(process)
 
     thread = when_training(tmp_path, kill)
@@ -170,6 +174,31 @@ def test_ctrl_c_saves_all_that_run(
     assert "holds" in out
     assert run(tmp_path, grid, Parallel(workers=2)) == 0
     assert records_of(tmp_path) == alone
+
+
+def test_other_code_on_a_machine_is_refused(tmp_path: Path) -> None:
+    (cell,) = plan(TINY, ["clnp"], [0])
+    needs = Needs({"num_gpus": 0.0}, threads=1, cells=1)
+    work = Work(tmp_path, {"commit": "0" * 40, "dirty": False})
+    failure = cluster._run(cell, [], Parallel(), needs, work)
+    assert isinstance(failure, Failure)
+    assert "all machines need the same checkout" in failure.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+def test_sigterm_to_a_command_with_workers_saves_and_says_so(tmp_path: Path) -> None:
+    """As Slurm does; Ray is started by the command itself, and takes the signal for itself."""
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "runs", "out")]
+    cells = ["--methods", "clnp", "si", "--seeds", "0", "--epochs", "400", "--save-every", "0.001"]
+    command = [sys.executable, "-m", "benchmarks", "run", "quickstart", *cells, *folders]
+    with subprocess.Popen(
+        [*command, "--workers", "2", "--wandb", "disabled"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        when_training(tmp_path, process.terminate).join()
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, out
+    assert "goes on from there" in out
+    assert "holds" in out
 
 
 def test_a_removed_node_costs_nothing(nodes: Any, tmp_path: Path) -> None:
@@ -235,6 +264,12 @@ def test_cores_and_gpus_are_shared_among_the_cells_at_once(
     assert needs.options == {"num_cpus": cpus, "num_gpus": gpus}
 
 
+def test_a_process_runs_one_cell_where_its_gpu_could_change() -> None:
+    assert resources(Has(16, 2), Parallel(), 5).calls == 1
+    assert resources(Has(8, 1, machines=3), Parallel(), 5).calls == 0
+    assert resources(Has(16, 2), Parallel(device="cpu"), 5).calls == 0
+
+
 def test_too_large_a_share_is_refused() -> None:
     with pytest.raises(
         UserError, match="A cell takes 2 GPU, and no machine of Ray's has more than 1"
@@ -251,6 +286,7 @@ def test_too_large_a_share_is_refused() -> None:
         (["--workers", "2", "--gpus-per-cell", "1.5"], "--gpus-per-cell 1.5"),
         (["--workers", "2", "--gpus-per-cell", "-1"], "--gpus-per-cell -1"),
         (["--gpus-per-cell", "0.5"], "needs --workers or --ray-address"),
+        (["--workers", "2", "--device", "cuda:1"], "Ray chooses which GPU a cell gets"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(

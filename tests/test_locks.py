@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
+from benchmarks import cell as cells
 from benchmarks import locks
 from benchmarks.cell import Cell
 from benchmarks.data import load
@@ -105,7 +109,11 @@ def test_a_cell_that_runs_elsewhere_is_left_to_it(
         assert run(grid, tmp_path) == (0, ["finetune"])
         told = capsys.readouterr().out
         assert f"1 of 2 cells run elsewhere:\n  {grid[0].name} (process {process.pid}" in told
+    # As a process leaves it that dies between a record and what was saved for it.
+    state = grid[1].run_dir(tmp_path) / cells.STATE
+    state.touch()
     assert run(grid, tmp_path, recorded=lambda c: c is grid[1]) == (0, ["clnp"])
+    assert not state.exists()
     assert not any(held(cell.run_dir(tmp_path)) for cell in grid)
 
 
@@ -113,7 +121,8 @@ def test_a_method_is_tuned_by_one_process(tmp_path: Path) -> None:
     from benchmarks import tune
 
     asked = tune.request("si", Quickstart, [100], 1)
-    folder = tmp_path / "runs" / "tuning" / asked.experiment.name / "si"
+    assert asked.experiment.name != "quickstart"  # another number of tasks, the same result
+    folder = tmp_path / "runs" / "tuning" / "quickstart" / "si"
     with another_process(folder), pytest.raises(UserError, match="being tuned already"):
         tune.run(asked, tmp_path / "tuning", tmp_path / "runs", None, torch.device("cpu"))
 
@@ -121,4 +130,25 @@ def test_a_method_is_tuned_by_one_process(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write"), claimed(tmp_path / "file" / "cell"):
+        pass
+
+
+def test_a_glance_does_not_hide_a_cell(tmp_path: Path) -> None:
+    """Who looks whether a lock is held has it for a moment."""
+    (tmp_path / locks.LOCK).touch()
+    glance = FileLock(tmp_path / locks.LOCK, thread_local=False)
+    glance.acquire()
+    threading.Timer(0.05, glance.release).start()
+    with claimed(tmp_path) as mine:
+        assert mine
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with pytest.raises(UserError, match="has no locks"), claimed(tmp_path):
         pass
