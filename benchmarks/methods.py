@@ -492,14 +492,12 @@ SUPERPOSITION_SOURCE = SuperpositionSettings(
     batch_size=128,
     gain=1.73,
 )
-SUPERPOSITION_PMNIST = dataclasses.replace(
-    SUPERPOSITION_SOURCE, optimizer="adam", lr=3e-4, decay_from=0.7
-)
+SUPERPOSITION_PMNIST = dataclasses.replace(SUPERPOSITION_SOURCE, decay_from=0.7)
 SUPERPOSITION_GRID = (
     SUPERPOSITION_SOURCE,
     dataclasses.replace(SUPERPOSITION_SOURCE, epochs=3),  # the source's number of steps
-    dataclasses.replace(SUPERPOSITION_SOURCE, decay_from=0.7),
     SUPERPOSITION_PMNIST,
+    dataclasses.replace(SUPERPOSITION_PMNIST, optimizer="adam", lr=3e-4),
 )
 SUPERPOSITION_QUICKSTART = SuperpositionSettings(
     lr=0.001, epochs=40, decay_from=1.0, optimizer="rmsprop", reset_optimizer=False

@@ -430,12 +430,13 @@ def run_cells(
                 from benchmarks.cluster import run_on_ray
 
                 run_on_ray(book, parallel, view, stop)
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         print("Stopped. Finished cells are recorded.")
         for cell in book.running:
             print(f"{cell.name}: {saved(cell, runs)}")
         print("The same command goes on from there.")
-        return 143 if isinstance(stopped, Terminated) else 130
+        # Not from what was raised: Ray makes a plain KeyboardInterrupt of it.
+        return 143 if isinstance(stop.error(), Terminated) else 130
     if command := sync_command(cell.run_dir(runs) for cell in todo):
         print(f"W&B runs are kept on disk; to upload them: {command}")
     return book.summary()
