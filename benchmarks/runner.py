@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import cell as cells
-from benchmarks import records
+from benchmarks import process, records
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical
 from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS
-from benchmarks.process import deterministic, tune
 from benchmarks.resume import SAVE_EVERY, Stop, Terminated
 from benchmarks.shared import SharedTrials
 from benchmarks.tracking import Mode, Tracker, View, sync_command
@@ -158,7 +157,7 @@ def run_grid(
     force: bool = False,
     save_every: float = SAVE_EVERY,
     parallel: Parallel | None = None,
-    exact: bool = False,
+    deterministic: bool = False,
 ) -> int:
     """Run the cells that have no record yet, and record each as it ends.
 
@@ -172,16 +171,12 @@ def run_grid(
         Where records, resume states, logs and data are.
     device
         Where to train.
-    wandb
-        How to mirror the logs to Weights & Biases.
+    wandb, save_every, deterministic
+        As of `Work`.
     force
         Run recorded cells again too.
-    save_every
-        Seconds of training after which the state within a task is saved.
     parallel
         How to run cells at once; None: one after another, in this process.
-    exact
-        Whether a GPU is to give the same bits each time; on a CPU it does.
 
     Returns
     -------
@@ -195,7 +190,7 @@ def run_grid(
     """
     records.check_writable(places.records)
     records.check_writable(places.runs)
-    tune()  # first of all: threads that torch starts later inherit it
+    process.tune()  # first of all: threads that torch starts later inherit it
     git = git_state()
     experiment = grid[0].experiment
     images = experiment.load(places.data, device)
@@ -211,16 +206,12 @@ def run_grid(
         todo,
         images,
         device,
-        git,
-        places.runs,
+        Work(places.runs, git, wandb, save_every=save_every, deterministic=deterministic),
         lambda cell, record: write_at_last(
             lambda: records.write(cell.record_path(places.records), record)
         ),
-        wandb,
         recorded=lambda cell: not (force and renew(cell, places)) and recorded(cell, places),
-        save_every=save_every,
         parallel=parallel,
-        exact=exact,
     )
 
 
@@ -362,16 +353,11 @@ def run_cells(
     todo: Sequence[Cell],
     images: Images,
     device: torch.device,
-    git: dict[str, Any],
-    runs: Path,
+    work: Work,
     keep: Keep,
-    wandb: Mode = "disabled",
-    share_first: bool = False,
     diverged: Callable[[Cell], None] | None = None,
     recorded: Callable[[Cell], bool] = lambda cell: False,
-    save_every: float = SAVE_EVERY,
     parallel: Parallel | None = None,
-    exact: bool = False,
 ) -> int:
     """Run cells of one experiment, one after another or on Ray, and keep each record as it comes.
 
@@ -386,26 +372,16 @@ def run_cells(
         The experiment's data, on `device`.
     device
         Where to train.
-    git
-        From `git_state`.
-    runs
-        Folder of logs and resume states.
+    work
+        What the cells have in common.
     keep
         Takes each cell and its record.
-    wandb
-        How to mirror the logs to Weights & Biases.
-    share_first
-        Whether cells with the same `Cell.first_hash` train their first task once.
     diverged
         Told of each cell in which a number was no longer finite.
     recorded
         Tells whether a cell has a record by now.
-    save_every
-        Seconds of training after which the state within a task is saved.
     parallel
         How to run cells at once; None: one after another, in this process.
-    exact
-        Whether a GPU is to give the same bits each time; on a CPU it does.
 
     Returns
     -------
@@ -419,7 +395,6 @@ def run_cells(
     """
     if not todo:
         return 0
-    work = Work(runs, git, wandb, share_first, save_every, exact)
     book = Book(todo, work, device, keep, recorded, diverged)
     stop = Stop()
     try:
@@ -433,11 +408,11 @@ def run_cells(
     except KeyboardInterrupt:
         print("Stopped. Finished cells are recorded.")
         for cell in book.running:
-            print(f"{cell.name}: {saved(cell, runs)}")
+            print(f"{cell.name}: {saved(cell, work.runs)}")
         print("The same command goes on from there.")
         # Not from what was raised: Ray makes a plain KeyboardInterrupt of it.
         return 143 if isinstance(stop.error(), Terminated) else 130
-    if command := sync_command(cell.run_dir(runs) for cell in todo):
+    if command := sync_command(cell.run_dir(work.runs) for cell in todo):
         print(f"W&B runs are kept on disk; to upload them: {command}")
     return book.summary()
 
@@ -522,7 +497,7 @@ def run_one(
         Where the candidates of a search are trained; None: in this process.
     """
     if work.deterministic:
-        deterministic()
+        process.deterministic()
     folder = cell.run_dir(work.runs)
     try:
         (folder / TRACE).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
 from benchmarks.resume import SAVE_EVERY
-from benchmarks.runner import git_state, run_cells, write_at_last
+from benchmarks.runner import Work, git_state, run_cells, write_at_last
 
 if TYPE_CHECKING:
     from benchmarks.cluster import Parallel
@@ -210,9 +210,8 @@ def _run_missing(
     if git["dirty"]:
         print("The code has uncommitted changes; the result will say so.")
     todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
-    options = {"diverged": diverged, "save_every": save_every, "parallel": parallel}
-    more: dict[str, Any] = {"share_first": True, **options}
-    code = run_cells(todo, images, device, git, folder, keep, **more)
+    work = Work(folder, git, share_first=True, save_every=save_every)
+    code = run_cells(todo, images, device, work, keep, diverged, parallel=parallel)
     if code == 0:
         records.write_tuning(path, result())
     return code, result()

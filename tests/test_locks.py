@@ -25,7 +25,7 @@ from benchmarks.errors import UserError
 from benchmarks.locks import claimed, held, named, owner
 from benchmarks.methods import METHODS
 from benchmarks.quickstart import Quickstart
-from benchmarks.runner import ROOT, run_cells
+from benchmarks.runner import ROOT, Work, run_cells
 
 TINY = Quickstart(tasks=2, epochs=1, method_epochs=False, hidden=(20, 20), validation=300)
 GIT = {"commit": None, "dirty": True}
@@ -93,7 +93,7 @@ def test_an_unreadable_owner_is_another_process(tmp_path: Path, text: str) -> No
 def run(grid: list[Cell], folder: Path, **options: Any) -> tuple[int, list[str]]:
     kept: list[str] = []
     code = run_cells(
-        *(grid, load("digits"), torch.device("cpu"), GIT, folder),
+        *(grid, load("digits"), torch.device("cpu"), Work(folder, GIT)),
         lambda cell, record: kept.append(cell.method.name),
         **options,
     )

@@ -25,7 +25,7 @@ from benchmarks.models import MultiHead, PartedHead, narrow, wide
 from benchmarks.quickstart import Quickstart
 from benchmarks.reporting.load import decode
 from benchmarks.resume import Terminated
-from benchmarks.runner import run_cells, trials
+from benchmarks.runner import Work, run_cells, trials
 from benchmarks.scenarios import ResidentData, crop_and_flip, split
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
 from clnp import CLNPPlugin
@@ -533,7 +533,7 @@ def test_variants_share_the_first_tasks_training(tmp_path: Path) -> None:
     ]
     kept: dict[str, dict[str, Any]] = {}
     code = run_cells(
-        *(grid, digits, torch.device("cpu"), GIT, tmp_path),
+        *(grid, digits, torch.device("cpu"), Work(tmp_path, GIT)),
         lambda cell, record: kept.update({cell.hash: record}),
     )
     assert code == 0

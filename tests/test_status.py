@@ -21,7 +21,7 @@ from benchmarks.learners import Settings
 from benchmarks.locks import claimed
 from benchmarks.methods import METHODS
 from benchmarks.quickstart import Quickstart
-from benchmarks.runner import Places, run_cells
+from benchmarks.runner import Places, Work, run_cells
 from benchmarks.tracking import Tracker, View
 
 TINY = Quickstart(tasks=3, epochs=2, method_epochs=False, hidden=(20, 20), validation=300)
@@ -41,7 +41,7 @@ def cell() -> Cell:
 
 def run(cell: Cell, places: Places) -> int:
     return run_cells(
-        *([cell], load("digits"), CPU, GIT, places.runs),
+        *([cell], load("digits"), CPU, Work(places.runs, GIT)),
         lambda cell, record: records.write(cell.record_path(places.records), record),
     )
 
