@@ -151,22 +151,22 @@ class Saver:
         KeyboardInterrupt
             As `Stop.error` says.
         """
-        if self.stop.asked is not None or self._due(self.every):
-            self.save(strategy, self._order, strategy.clock.train_epoch_iterations)
-        if self.stop.asked is not None:
-            raise self.stop.error()
+        self._look(strategy, self.every, self._order, strategy.clock.train_epoch_iterations)
 
     def after_epoch(self, strategy: Any) -> None:
         """Do the same between epochs, and after the last one sooner."""
         last = strategy.clock.train_exp_epochs == strategy.train_epochs
         every = min(SAVE_AT_END, self.every) if last else self.every
-        if self.stop.asked is not None or self._due(every):
-            self.save(strategy, _order(strategy), None)
-        if self.stop.asked is not None:
-            raise self.stop.error()
+        self._look(strategy, every, _order(strategy), None)
 
-    def _due(self, every: float) -> bool:
-        return time.monotonic() - self._last >= max(every, LEAST_RATIO * self._cost)
+    def _look(
+        self, strategy: Any, every: float, order: list[torch.Tensor], skip: int | None
+    ) -> None:
+        asked = self.stop.asked is not None
+        if asked or time.monotonic() - self._last >= max(every, LEAST_RATIO * self._cost):
+            self.save(strategy, order, skip)
+        if asked:
+            raise self.stop.error()
 
     def save(self, strategy: Any, order: list[torch.Tensor], skip: int | None) -> None:
         """Save the state, if the strategy serves data whose order can be drawn again."""

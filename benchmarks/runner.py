@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import subprocess
 import time
 import traceback
@@ -23,7 +24,7 @@ from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, canonical
 from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS
-from benchmarks.resume import SAVE_EVERY, Stop, Terminated
+from benchmarks.resume import SAVE_EVERY, Stop
 from benchmarks.shared import SharedTrials
 from benchmarks.tracking import Mode, Tracker, View, sync_command
 
@@ -102,15 +103,14 @@ def recorded(cell: Cell, places: Places) -> bool:
     return True
 
 
-def renew(cell: Cell, places: Places) -> bool:
-    """Forget what is saved of a cell from before its record; return True.
+def renew(cell: Cell, places: Places) -> None:
+    """Forget what is saved of a cell from before its record.
 
     What is younger is of an interrupted run with ``--force``, which goes on.
     """
     path = cell.record_path(places.records)
     if path.exists():
         forget(cell.run_dir(places.runs), path.stat().st_mtime)
-    return True
 
 
 def forget(folder: Path, before: float = math.inf) -> None:
@@ -202,6 +202,11 @@ def run_grid(
     if git["dirty"]:
         print("The code has uncommitted changes: these records will fill no table of the paper.")
 
+    def already(cell: Cell) -> bool:
+        if force:
+            renew(cell, places)
+        return not force and recorded(cell, places)
+
     return run_cells(
         todo,
         images,
@@ -210,7 +215,7 @@ def run_grid(
         lambda cell, record: write_at_last(
             lambda: records.write(cell.record_path(places.records), record)
         ),
-        recorded=lambda cell: not (force and renew(cell, places)) and recorded(cell, places),
+        recorded=already,
         parallel=parallel,
     )
 
@@ -411,7 +416,7 @@ def run_cells(
             print(f"{cell.name}: {saved(cell, work.runs)}")
         print("The same command goes on from there.")
         # Not from what was raised: Ray makes a plain KeyboardInterrupt of it.
-        return 143 if isinstance(stop.error(), Terminated) else 130
+        return 128 + (stop.asked or signal.SIGINT)
     if command := sync_command(cell.run_dir(work.runs) for cell in todo):
         print(f"W&B runs are kept on disk; to upload them: {command}")
     return book.summary()

@@ -190,17 +190,17 @@ def _run_missing(
     def result() -> Tuning:
         return _result(asked, config, seeds, grid, done, left)
 
-    def keep(cell: Cell, record: records.Record) -> None:
-        done[cell.hash] = _run(cell, record)
+    def enter(cell: Cell, run: dict[str, Any]) -> None:
+        done[cell.hash] = run
         write_at_last(lambda: records.write_tuning(path, result()))
+
+    def keep(cell: Cell, record: records.Record) -> None:
+        enter(cell, _run(cell, record))
 
     def diverged(cell: Cell) -> None:
         # A result; what fails otherwise is to be mended and run again.
-        done[cell.hash] = {
-            **{"seed": cell.seed, "hash": cell.hash, "validation": None, "mean": None},
-            **{"seconds": 0.0, "environment": environment(device), "git": git},
-        }
-        records.write_tuning(path, result())
+        run = {"seed": cell.seed, "hash": cell.hash, "validation": None, "mean": None}
+        enter(cell, run | {"seconds": 0.0, "environment": environment(device), "git": git})
 
     todo = [cell for row in grid for cell in row if cell.hash not in done]
     print(

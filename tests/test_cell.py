@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +22,6 @@ from benchmarks.process import deterministic
 from benchmarks.quickstart import Quickstart
 from benchmarks.resume import Terminated, load_state, save_state
 from benchmarks.shared import SharedTrials
-from clnp.plugin import Outcome
-from clnp.random_state import random_state
-from clnp.search import Trial
 
 TINY = Quickstart(
     tasks=3, epochs=2, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
@@ -418,21 +414,6 @@ def test_a_task_goes_on_whoever_shares_it(
         record = run(cell, images, folder, shared=then)
         assert steps.count == 6 * EPOCH
         assert without_times(record) == without_times(finished["clnp"])
-
-
-def test_what_changed_code_trained_is_not_shared_with_clean_code(tmp_path: Path) -> None:
-    trained: list[str] = []
-
-    def train(candidate: Any) -> Any:
-        trained.append(candidate.index)
-        outcome = Outcome([0.5], 1, {"fc1": torch.ones(2)})
-        return Trial(outcome, 1.0, random_state(torch.device("cpu")), {}, [])
-
-    for dirty, times in ((True, 1), (True, 1), (False, 2), (False, 2), (True, 2)):
-        git = {"commit": "a", "dirty": dirty}
-        shared = SharedTrials(tmp_path / "first.pt", "h", git, torch.device("cpu"))
-        list(shared.map(train, [SimpleNamespace(index=0)]))
-        assert len(trained) == times
 
 
 @pytest.mark.parametrize("tasks", ["first", "each"])

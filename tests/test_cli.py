@@ -310,7 +310,7 @@ def test_a_default_that_changed_under_a_record_is_an_error(
     assert files(tmp_path / "records") == before
 
 
-def test_deterministic_is_asked_of_torch_and_recorded(
+def test_deterministic_is_asked_of_torch(
     run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -321,13 +321,11 @@ def test_deterministic_is_asked_of_torch_and_recorded(
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
-    asked = json.loads(record_of(tmp_path, "finetune", 0).read_text())
-    assert asked["environment"]["deterministic"] is True
-    # It is no setting of the cell: the same record, and on a CPU the same bits.
-    assert run(*grid, "--force") == 0
-    plain = json.loads(record_of(tmp_path, "finetune", 0).read_text())
-    assert plain["accuracy"] == asked["accuracy"]
-    assert plain["logit_drift"] == asked["logit_drift"]
+    # It is no setting of the cell.
+    before = record_of(tmp_path, "finetune", 0).read_bytes()
+    assert run(*grid) == 0
+    assert record_of(tmp_path, "finetune", 0).read_bytes() == before
+    assert len(files(tmp_path / "records")) == 1
 
 
 def test_no_secret_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -95,16 +97,12 @@ def test_cells_at_once_leave_the_same_records(
 
 
 def workers() -> list[int]:
-    """Return the processes in which cells run at the moment."""
+    """Return the processes of this test's Ray in which cells run at the moment."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-            except OSError:
-                continue
-            if name.startswith(b"ray::_run"):
-                found.append(int(entry.name))
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "".join(process.cmdline()).startswith("ray::_run"):
+                found.append(process.pid)
     return found
 
 
@@ -122,7 +120,7 @@ def when_training(folder: Path, act: Any) -> threading.Thread:
     return thread
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "preempted"])
 def test_a_killed_worker_costs_nothing(
     how: signal.Signals, nodes: Any, alone: dict[str, Any], tmp_path: Path
