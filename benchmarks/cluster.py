@@ -164,8 +164,8 @@ def connected(parallel: Parallel) -> Iterator[Any]:
         where: dict[str, Any] = {"address": parallel.address}
         if parallel.address is None:
             # "local": a new one, even beside another that runs on this machine.
-            where = {"address": "local", "num_cpus": os.cpu_count()}
-            where["_node_ip_address"] = "127.0.0.1"
+            local = {"num_cpus": os.cpu_count(), "_node_ip_address": "127.0.0.1"}
+            where = {"address": "local", **local}
         try:
             ray.init(
                 **where,

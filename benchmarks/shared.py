@@ -1,4 +1,4 @@
-"""The first task's training, shared by cells that differ only in what happens after it."""
+"""Trainings kept on file: those of a search, and a first task's for cells that share it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SharedTrials(Executor):
     Parameters
     ----------
     path
-        The file of the first candidate; those of others have its number.
+        Of the candidates' files, each of which has its number behind the stem.
     hash_
         Names the training; see `Cell.trained_hash`.
     git
