@@ -115,7 +115,7 @@ def renew(cell: Cell, places: Places) -> None:
 
 def forget(folder: Path, before: float = math.inf) -> None:
     """Delete what is saved of a cell, as far as it is older than `before` (seconds since 1970)."""
-    for name in (cells.STATE, cells.TRAINING, TRACE, cells.CANDIDATES):
+    for name in (cells.STATE, cells.TRAINING, cells.CANDIDATES):
         for path in folder.glob(name):
             if path.stat().st_mtime <= before:
                 path.unlink(missing_ok=True)

@@ -231,6 +231,8 @@ def test_a_candidate_that_diverges_counts_and_never_wins(
         False,
     ]
     assert (result["candidates"][0]["mean"], result["winner"]) == (None, 1)
+    assert list(tmp_path.rglob("traceback.txt"))  # what was said to be seen there
+    assert not list(tmp_path.rglob("*.pt"))
     text = tables.tuning_table([result]).text
     assert text.loc[0, ["Validation, %", "n"]].tolist() == ["—", "—"]
     assert tuned(tmp_path) == (0, result)
