@@ -115,10 +115,23 @@ def renew(cell: Cell, places: Places) -> None:
 
 def forget(folder: Path, before: float = math.inf) -> None:
     """Delete what is saved of a cell, as far as it is older than `before` (seconds since 1970)."""
-    for name in (cells.STATE, cells.TRAINING, cells.CANDIDATES):
-        for path in folder.glob(name):
-            if path.stat().st_mtime <= before:
-                path.unlink(missing_ok=True)
+    for path in saved_files(folder):
+        if path.stat().st_mtime <= before:
+            path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, before: float = math.inf) -> None:
+    """Do the same for a recorded cell that won't be run: its process may have died in between."""
+    if saved_files(folder):
+        with claimed(folder) as mine:
+            if mine:
+                forget(folder, before)
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """Return what is saved of a cell."""
+    names = (cells.STATE, cells.TRAINING, cells.CANDIDATES)
+    return [path for name in names for path in folder.glob(name)]
 
 
 def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -195,7 +208,13 @@ def run_grid(
     experiment = grid[0].experiment
     images = experiment.load(places.data, device)
     grid = [Cell(c.experiment, c.method, c.seed, images.fingerprint) for c in grid]
-    todo = [cell for cell in grid if force or not recorded(cell, places)]
+    todo = []
+    for cell in grid:
+        if force or not recorded(cell, places):
+            todo.append(cell)
+        else:
+            made = cell.record_path(places.records).stat().st_mtime
+            sweep(cell.run_dir(places.runs), made)  # what is younger is of a run with --force
     print(
         f"{experiment.name}: {len(grid)} cells, {len(grid) - len(todo)} of them recorded already."
     )

@@ -26,7 +26,7 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
 from benchmarks.resume import SAVE_EVERY
-from benchmarks.runner import Work, git_state, run_cells, write_at_last
+from benchmarks.runner import Work, git_state, run_cells, sweep, write_at_last
 
 if TYPE_CHECKING:
     from benchmarks.cluster import Parallel
@@ -203,6 +203,9 @@ def _run_missing(
         enter(cell, run | {"seconds": 0.0, "environment": environment(device), "git": git})
 
     todo = [cell for row in grid for cell in row if cell.hash not in done]
+    for cell in wanted.values():
+        if cell.hash in done:
+            sweep(cell.run_dir(folder))
     print(
         f"{asked.experiment.preset} {asked.method.name}: {len(grid)} candidates, "
         f"{len(seeds)} seeds, {len(todo)} of {len(grid) * len(seeds)} runs to do."

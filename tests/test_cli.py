@@ -273,6 +273,23 @@ def test_force_goes_on_from_nothing_older_than_the_record(
     assert tasks_learnt_before() == [0, 1, 0, 0, 1]
 
 
+def test_what_a_process_left_that_died_after_recording_goes(
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = ("--methods", "finetune", "--seeds", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.runner.forget", lambda *_: None)
+        assert run(*grid) == 0
+    (state,) = tmp_path.rglob("*.pt")
+    (record,) = tmp_path.glob("records/*/*/*.json")
+    os.utime(state, (record.stat().st_mtime + 1,) * 2)  # of a run with --force, which may go on
+    assert run(*grid) == 0
+    assert state.exists()
+    os.utime(state, (record.stat().st_mtime - 1,) * 2)
+    assert run(*grid) == 0
+    assert not state.exists()
+
+
 def test_a_damaged_record_is_named_and_never_used(
     run: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,8 @@ pytestmark = [
     pytest.mark.peer,
     # Avalanche's tests call strategies as its own deprecation forbids.
     pytest.mark.filterwarnings("ignore:Avalanche is transitioning to strategy constructors"),
+    # unittest's assertWarns looks into every module, and torch's lazy ones then load.
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
 ]
 
 

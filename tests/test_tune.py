@@ -220,6 +220,17 @@ def test_interrupted_tuning_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert timeless(result) == timeless(tuned(tmp_path / "straight")[1])
 
 
+def test_what_a_process_left_that_died_after_a_candidate_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.runner.forget", lambda *_: None)
+        tuned(tmp_path)
+    assert len(list(tmp_path.rglob("state.pt"))) == len(GRID)
+    tuned(tmp_path)
+    assert not list(tmp_path.rglob("state.pt"))
+
+
 def test_a_candidate_that_diverges_counts_and_never_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
