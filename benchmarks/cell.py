@@ -21,13 +21,13 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from benchmarks import records
-from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, canonical, changed, derive, digest
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import Method
 from benchmarks.precision import bf16_kernels
-from benchmarks.resume import FORMAT, SAVE_EVERY, Saver, Stop, load_state, save_state
+from benchmarks.resume import SAVE_EVERY, Saver, Stop
 from benchmarks.shared import SharedTrials
+from benchmarks.states import States
 from clnp import LogitDrift
 
 if TYPE_CHECKING:
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 
 Listener = Callable[[dict[str, Any]], None]
 Matrix = list[list[float | None]]
-
-STATE, TRAINING, CANDIDATES = "state.pt", "training.pt", "task*-*.pt"
-"""Files in the cell's folder: the state after the last learnt task, and within the next one; and
-the candidates of a search that have been trained."""
 
 
 @dataclass(frozen=True)
@@ -282,38 +278,50 @@ class Course:
         return len(self.seconds)
 
 
-def _saved(path: Path, made: dict[str, Any], ignored: list[str]) -> dict[str, Any] | None:
-    """Return the state in a file; None if there is none, or one that can't be used: say why.
-
-    Raises
-    ------
-    UserError
-        If it was saved on another kind of device, whose numbers differ. It may hold days of work.
-    """
-    if not path.exists():
-        return None
-    try:
-        state = load_state(path, made["hash"])
-        # A default that has changed since is in no hash.
-        if wrong := records.disagreements(state["config"], made["config"]):
-            raise ValueError(f"it was trained with other settings ({'; '.join(wrong)})")
-    except ValueError as error:
-        ignored.append(f"{path} is not used, what it holds is trained again: {error}")
-        return None
-    if state["device"] != made["device"]:
-        raise UserError(
-            f"{path} was saved on {state['device']}, and this is {made['device']}, which computes "
-            f"other numbers. Go on there (--device {state['device']}), or delete it to begin anew."
-        )
-    return state
-
-
 def _joined(git: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     """Return the code that runs, and what other code has contributed before it."""
     commits = [c for other in others for c in (*other.get("earlier", ()), other["commit"])]
     earlier = [commit for commit in dict.fromkeys(commits) if commit != git["commit"]]
     dirty = git["dirty"] or any(other["dirty"] for other in others)
     return {**git, "dirty": dirty} | ({"earlier": earlier} if earlier else {})
+
+
+def _record(
+    cell: Cell,
+    learner: Learner,
+    course: Course,
+    drift: LogitDrift,
+    device: torch.device,
+    seconds: float,
+) -> records.Record:
+    """Put together what is known of a cell at its end, after so many seconds."""
+    # A method that learns all at once is never seen to drift.
+    drifts = drift.drift() if learner.learnt(1) else {}
+    accuracy = course.accuracy
+    if "validation" not in accuracy:
+        accuracy["validation"] = [[None] * len(matrix) for matrix in accuracy["test"]]
+    return {
+        "experiment": cell.experiment.name,
+        "method": cell.method.name,
+        "seed": cell.seed,
+        "hash": cell.hash,
+        "config": cell.config,
+        "accuracy": accuracy,
+        "capacity": learner.capacity(),
+        "sufficiency": learner.sufficiency(),
+        "logit_drift": [drifts.get(task) for task in range(cell.experiment.tasks)],
+        "parameters": learner.parameters(),
+        "task_id_at_test": cell.method.told_task(cell.experiment),
+        "seconds": {
+            "train": course.train_seconds,
+            "total": seconds,
+            "tasks": course.seconds,
+        },
+        "environment": environment(device),
+        "git": course.git,
+        "history": learner.history(),
+        "search": learner.search(),
+    }
 
 
 def run(
@@ -373,46 +381,24 @@ def run(
     streams = {n: scenario.streams[k] for n, k in kinds.items() if k in scenario.streams}
     drift = LogitDrift("test" if "test" in streams else "valid")
     monitor, stop = Monitor(announce), stop or Stop()
-    ignored: list[str] = []
-    path, training = folder / STATE, folder / TRAINING
-    for file in (path, training):
-        records.remove_leftovers(file)
-    made = {"format": FORMAT, "hash": cell.hash, "config": cell.config, "device": device.type}
-    made_first = made | {"hash": cell.first_hash, "config": cell.first_config}
-    starts = [(path, made), *([] if first is None else [(first, made_first)])]
-    state = next(filter(None, (_saved(*start, ignored) for start in starts)), None)
+    states = States(cell, folder, device, announce, first)
+    state, within = states.read()
     course = (
         Course(git, {name: [] for name in streams}) if state is None else Course(**state["course"])
     )
-    within = _saved(training, made, ignored)
-    if within is not None and within["task"] != course.learnt:
-        within = None  # of a task that has been learnt since
     course.git = _joined(git, course.git, *([] if within is None else [within["git"]]))
     if course.git["dirty"] and not git["dirty"]:
-        ignored.append(f"{folder} was begun by changed code, and the record will say so")
+        states.ignored.append(f"{folder} was begun by changed code, and the record will say so")
     began = started
-    unsaved: dict[Path, dict[str, Any]] = {}
-
-    def save_training(saved: dict[str, Any]) -> None:
-        for where, what in list(unsaved.items()):  # without them it would be of no use
-            save(where, what)
-        spent = time.perf_counter() - began
-        save(training, made | saved | {"spent": spent, "git": course.git})
-
-    def save(where: Path, saved: dict[str, Any]) -> bool:
-        try:
-            save_state(where, saved)
-        except UserError as error:  # a full disk must not end what trains
-            announce({"event": "warning", "text": f"{error} The training goes on, not saved."})
-            return False
-        unsaved.pop(where, None)
-        return True
-
     trials: dict[int, SharedTrials] = {}
 
     def trials_of(task: int) -> SharedTrials:
         where, name = folder / f"task{task}.pt", f"{cell.hash} task {task}"
         return trials.setdefault(task, SharedTrials(where, name, git, device, candidates))
+
+    def save_training(saved: dict[str, Any]) -> None:
+        spent = time.perf_counter() - began
+        states.write_within(saved | {"spent": spent, "git": course.git})
 
     saver = Saver(save_training, within, stop, save_every)
     with warnings.catch_warnings():
@@ -440,7 +426,7 @@ def run(
             "tasks": cell.experiment.tasks,
             "learnt": course.learnt,
             "epoch": None if within is None else within["training"]["clock"]["train_exp_epochs"],
-            "ignored": "; ".join(ignored) or None,
+            "ignored": "; ".join(states.ignored) or None,
         }
     )
 
@@ -461,20 +447,14 @@ def run(
             row = measure(learner.strategy, stream, learner.learnt(task + 1))
             course.accuracy[name].append(row)
         course.seconds.append(time.perf_counter() - began)
-        state = made | {
+        state = {
             "learner": learner.state(),
             "drift": drift.state_dict(),
             "course": vars(course),
             "rng": torch.get_rng_state(),
         }
-        if task == 0 and first is not None:
-            save(first, state | made_first)
-        if save(path, state):
-            training.unlink(missing_ok=True)
-            if task in trials:
-                trials[task].forget()
-        else:
-            unsaved[path] = copy.deepcopy(state)  # tried again later, when the network has moved on
+        if states.write(state) and task in trials:
+            trials[task].forget()
         announce(
             {
                 "event": "task",
@@ -489,32 +469,6 @@ def run(
             }
         )
 
-    # A method that learns all at once is never seen to drift.
-    drifts = drift.drift() if learner.learnt(1) else {}
-    accuracy = course.accuracy
-    if "validation" not in accuracy:
-        accuracy["validation"] = [[None] * len(matrix) for matrix in accuracy["test"]]
-    record = {
-        "experiment": cell.experiment.name,
-        "method": cell.method.name,
-        "seed": cell.seed,
-        "hash": cell.hash,
-        "config": cell.config,
-        "accuracy": accuracy,
-        "capacity": learner.capacity(),
-        "sufficiency": learner.sufficiency(),
-        "logit_drift": [drifts.get(task) for task in range(cell.experiment.tasks)],
-        "parameters": learner.parameters(),
-        "task_id_at_test": cell.method.told_task(cell.experiment),
-        "seconds": {
-            "train": course.train_seconds,
-            "total": before + time.perf_counter() - started,
-            "tasks": course.seconds,
-        },
-        "environment": environment(device),
-        "git": course.git,
-        "history": learner.history(),
-        "search": learner.search(),
-    }
+    record = _record(cell, learner, course, drift, device, before + time.perf_counter() - started)
     announce({"event": "end", **{key: record[key] for key in ("accuracy", "logit_drift")}})
     return record

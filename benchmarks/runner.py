@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import subprocess
 import time
@@ -26,6 +25,7 @@ from benchmarks.locks import claimed, named
 from benchmarks.methods import METHODS
 from benchmarks.resume import SAVE_EVERY, Stop
 from benchmarks.shared import SharedTrials
+from benchmarks.states import STATE, TRAINING, forget, sweep
 from benchmarks.tracking import Mode, Tracker, View, sync_command
 
 if TYPE_CHECKING:
@@ -111,27 +111,6 @@ def renew(cell: Cell, places: Places) -> None:
     path = cell.record_path(places.records)
     if path.exists():
         forget(cell.run_dir(places.runs), path.stat().st_mtime)
-
-
-def forget(folder: Path, before: float = math.inf) -> None:
-    """Delete what is saved of a cell, as far as it is older than `before` (seconds since 1970)."""
-    for path in saved_files(folder):
-        if path.stat().st_mtime <= before:
-            path.unlink(missing_ok=True)
-
-
-def sweep(folder: Path, before: float = math.inf) -> None:
-    """Do the same for a recorded cell that won't be run: its process may have died in between."""
-    if saved_files(folder):
-        with claimed(folder) as mine:
-            if mine:
-                forget(folder, before)
-
-
-def saved_files(folder: Path) -> list[Path]:
-    """Return what is saved of a cell."""
-    names = (cells.STATE, cells.TRAINING, cells.CANDIDATES)
-    return [path for name in names for path in folder.glob(name)]
 
 
 def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -461,7 +440,7 @@ def _one_after_another(book: Book, images: Images, view: View, stop: Stop) -> No
 def saved(cell: Cell, runs: Path) -> str:
     """Say what of an unfinished cell is saved, and where."""
     folder = cell.run_dir(runs)
-    files = {cells.STATE: "its finished tasks", cells.TRAINING: "the task in training"}
+    files = {STATE: "its finished tasks", TRAINING: "the task in training"}
     kept = [what for name, what in files.items() if (folder / name).exists()]
     if not kept:
         return "Of this one there was nothing to save yet."

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks import cell as cells
 from benchmarks import locks, records, runner
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError
+from benchmarks.states import STATE, TRAINING
 
 Word = Literal["recorded", "stale", "running", "failed", "stopped", "missing"]
 
@@ -58,11 +58,11 @@ def state(cell: Cell, places: runner.Places, now: float) -> State:
     if trace.exists():
         lines = trace.read_text(errors="replace").strip().splitlines()
         return State(cell, "failed", f"{lines[-1] if lines else 'unknown'} (see {trace})")
-    if any((folder / name).exists() for name in (cells.STATE, cells.TRAINING)):
+    if any((folder / name).exists() for name in (STATE, TRAINING)):
         known = {"start": lambda e: e.get("learnt", 0), "task": lambda e: e.get("task", 0) + 1}
         learnt = max((known[e["event"]](e) for e in events if e["event"] in known), default=0)
         where = f"after task {learnt}"
-        if (folder / cells.TRAINING).exists():
+        if (folder / TRAINING).exists():
             where = f"in task {learnt + 1}"
         return State(cell, "stopped", f"{where}; run it to go on")
     return State(cell, "missing", "")

@@ -26,7 +26,8 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
 from benchmarks.resume import SAVE_EVERY
-from benchmarks.runner import Work, git_state, run_cells, sweep, write_at_last
+from benchmarks.runner import Work, git_state, run_cells, write_at_last
+from benchmarks.states import sweep
 
 if TYPE_CHECKING:
     from benchmarks.cluster import Parallel

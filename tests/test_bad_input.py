@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cell as cells
 from benchmarks import data, records
 from benchmarks.__main__ import main
 from benchmarks.errors import UserError
 from benchmarks.resume import FORMAT, Saver
+from benchmarks.states import STATE, TRAINING
 
 TINY = ("quickstart", "--tasks", "2", "--epochs", "2", "--wandb", "disabled", "--device", "cpu")
 FINETUNE = ("--methods", "finetune", "--seeds")
@@ -226,7 +226,7 @@ STATES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", [cells.STATE, cells.TRAINING])
+@pytest.mark.parametrize("name", [STATE, TRAINING])
 @pytest.mark.parametrize("damage", STATES)
 def test_a_saved_state(
     damage: str,
@@ -354,7 +354,7 @@ def test_a_record_waits_for_room(
     tries = -100
     assert call(world, *FINETUNE, "2") == 2
     assert "Error: Cannot write" in capsys.readouterr().err
-    assert len(list((world / "runs").rglob(cells.STATE))) == 1
+    assert len(list((world / "runs").rglob(STATE))) == 1
     tries = 100
     assert call(world, *FINETUNE, "2") == 0
 

@@ -22,6 +22,7 @@ from benchmarks.process import deterministic
 from benchmarks.quickstart import Quickstart
 from benchmarks.resume import Terminated, load_state, save_state
 from benchmarks.shared import SharedTrials
+from benchmarks.states import STATE, TRAINING
 
 TINY = Quickstart(
     tasks=3, epochs=2, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
@@ -164,7 +165,7 @@ def test_a_task_goes_on_after_any_step(
         stop = {4 * EPOCH - 2: 2 * JOINT_EPOCH}.get(stop, stop * (3 if between else 1))
     with steps.stopping(stop, between), pytest.raises(Terminated):
         run(cell, images, tmp_path)
-    assert (tmp_path / cells.TRAINING).exists()
+    assert (tmp_path / TRAINING).exists()
     torch.manual_seed(99)
     events: list[dict[str, Any]] = []
     record = run(cell, images, tmp_path, events.append)
@@ -173,7 +174,7 @@ def test_a_task_goes_on_after_any_step(
     assert events[0]["epoch"] is not None
     # No step is taken twice, or left out.
     assert steps.count == (6 * EPOCH if method != "joint" else 2 * JOINT_EPOCH)
-    assert [path.name for path in tmp_path.iterdir()] == [cells.STATE]
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
 
 
 @pytest.mark.gpu
@@ -207,7 +208,7 @@ def test_damaged_state_is_named_and_ignored(
 ) -> None:
     cell = cell_of("finetune", images=images)
     run(cell if damage != "other" else cell_of("finetune", 1, images), images, tmp_path)
-    path = tmp_path / cells.STATE
+    path = tmp_path / STATE
     data = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(data[: len(data) // 2])
@@ -227,14 +228,14 @@ def test_damaged_state_is_named_and_ignored(
 def test_state_is_plain_and_small(method: str, images: Images, tmp_path: Path) -> None:
     cell = cell_of(method, images=images, tasks=2)
     record = run(cell, images, tmp_path)
-    path = tmp_path / cells.STATE
+    path = tmp_path / STATE
     assert load_state(path, cell.hash)["course"]["accuracy"] == record["accuracy"]
     # The weights, the probes of the drift, some numbers; an optimizer's state if carried over.
     probes = 2 * 360 * 10
     carried = 0 if cell.settings.reset_optimizer else 2 * record["parameters"]["trainable"]
     stored = record["parameters"]["stored"] + probes + carried
     assert path.stat().st_size < 4 * stored * 1.05 + 20_000
-    assert [p.name for p in tmp_path.iterdir()] == [cells.STATE]
+    assert [p.name for p in tmp_path.iterdir()] == [STATE]
 
 
 def test_events_tell_the_whole_cell(images: Images, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_a_grid_of_one_is_plain_training_with_fine_tuning_too(
 
 def test_a_state_of_another_format_is_not_used(images: Images, tmp_path: Path) -> None:
     cell = cell_of("clnp", images=images)
-    save_state(tmp_path / cells.STATE, {"hash": cell.hash, "learner": {}})
+    save_state(tmp_path / STATE, {"hash": cell.hash, "learner": {}})
     events: list[dict[str, Any]] = []
     run(cell, images, tmp_path, events.append)
     assert "another version of the code" in events[0]["ignored"]
@@ -329,20 +330,20 @@ def test_a_state_trained_with_other_defaults_is_not_used(
     cell = cell_of("si", images=images)
     interrupted(cell, images, tmp_path, 0)
     config = cell.config | {"method": cell.config["method"] | {"xi": 0.2}}
-    altered(tmp_path / cells.STATE, cell.hash, config=config)
+    altered(tmp_path / STATE, cell.hash, config=config)
     events: list[dict[str, Any]] = []
     record = run(cell, images, tmp_path, events.append)
     assert "other settings (method.xi: recorded 0.2, now 0.1)" in events[0]["ignored"]
     assert without_times(record) == without_times(finished["si"])
 
 
-@pytest.mark.parametrize("name", [cells.STATE, cells.TRAINING])
+@pytest.mark.parametrize("name", [STATE, TRAINING])
 def test_a_state_of_another_kind_of_device_is_left_alone(
     name: str, images: Images, tmp_path: Path, steps: Any
 ) -> None:
     cell = cell_of("finetune", images=images)
     with (
-        steps.stopping(EPOCH + 4 if name == cells.TRAINING else 3 * EPOCH),
+        steps.stopping(EPOCH + 4 if name == TRAINING else 3 * EPOCH),
         pytest.raises(Terminated),
     ):
         run(cell, images, tmp_path)
@@ -384,12 +385,12 @@ def test_a_task_that_could_not_be_saved_is_saved_later(
     cell, failed = cell_of("single_task", images=images), []
 
     def full(path: Path, state: dict[str, Any]) -> None:
-        if path.name == cells.STATE and not failed:
+        if path.name == STATE and not failed:
             failed.append(path)
             raise UserError("No space left on device")
         save_state(path, state)
 
-    monkeypatch.setattr(cells, "save_state", full)
+    monkeypatch.setattr("benchmarks.states.save_state", full)
     with steps.stopping(3 * EPOCH), pytest.raises(Terminated):
         run(cell, images, tmp_path)
     assert failed

@@ -17,7 +17,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from benchmarks import cell as cells
 from benchmarks import locks
 from benchmarks.cell import Cell
 from benchmarks.data import load
@@ -26,6 +25,7 @@ from benchmarks.locks import claimed, held, named, owner
 from benchmarks.methods import METHODS
 from benchmarks.quickstart import Quickstart
 from benchmarks.runner import ROOT, Work, run_cells
+from benchmarks.states import STATE
 
 TINY = Quickstart(tasks=2, epochs=1, method_epochs=False, hidden=(20, 20), validation=300)
 GIT = {"commit": None, "dirty": True}
@@ -110,7 +110,7 @@ def test_a_cell_that_runs_elsewhere_is_left_to_it(
         told = capsys.readouterr().out
         assert f"1 of 2 cells run elsewhere:\n  {grid[0].name} (process {process.pid}" in told
     # As a process leaves it that dies between a record and what was saved for it.
-    state = grid[1].run_dir(tmp_path) / cells.STATE
+    state = grid[1].run_dir(tmp_path) / STATE
     state.touch()
     assert run(grid, tmp_path, recorded=lambda c: c is grid[1]) == (0, ["clnp"])
     assert not state.exists()

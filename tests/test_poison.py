@@ -17,6 +17,8 @@ from benchmarks.experiment import canonical
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import METHODS, Method
 from benchmarks.quickstart import Quickstart
+from benchmarks.resume import load_state
+from benchmarks.states import STATE
 
 TINY = Quickstart(
     tasks=3, epochs=1, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
@@ -44,7 +46,7 @@ def trained(
     git = {"commit": None, "dirty": True}
     record = cells.run(cell, images, torch.device("cpu"), folder, git, lambda event: None)
     test = record["accuracy"].pop("test")
-    state = cells.load_state(folder / cells.STATE, cell.hash)
+    state = load_state(folder / STATE, cell.hash)
     return test, canonical(timeless(json.loads(json.dumps(record)))), state["learner"]
 
 

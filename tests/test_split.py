@@ -28,6 +28,7 @@ from benchmarks.resume import Terminated
 from benchmarks.runner import Work, run_cells, trials
 from benchmarks.scenarios import ResidentData, crop_and_flip, split
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
+from benchmarks.states import STATE
 from clnp import CLNPPlugin
 from clnp.plugin import Outcome
 from clnp.random_state import random_state
@@ -480,7 +481,7 @@ def test_a_cell_of_each_method_goes_on_bit_for_bit(
         with steps.stopping(stop), pytest.raises(Terminated):
             run(cell, images, folder)
         assert timeless(run(cell, images, folder)) == timeless(whole)
-        assert [path.name for path in folder.iterdir()] == [cells.STATE]
+        assert [path.name for path in folder.iterdir()] == [STATE]
     assert timeless(whole) == timeless(resumed)
 
 

@@ -25,6 +25,8 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
 from benchmarks.reporting import tables
+from benchmarks.resume import load_state
+from benchmarks.states import STATE
 from benchmarks.tracking import Tracker
 
 CPU = torch.device("cpu")
@@ -342,7 +344,7 @@ def test_a_shared_first_task_changes_nothing(
         folder = tmp_path / name
         record = cells.run(cell, images, CPU, folder, git, events.append, share)
         record.pop("seconds")
-        state = cells.load_state(folder / cells.STATE, cell.hash)
+        state = load_state(folder / STATE, cell.hash)
         return record, state["learner"], events[0]["learnt"]
 
     learnt(one, "one", first)
