@@ -20,7 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from avalanche.training.plugins import LRSchedulerPlugin
 from avalanche.training.templates import SupervisedTemplate
@@ -30,7 +29,7 @@ from clnp.random_state import random_state, set_random_state
 
 State = dict[str, Any]
 
-FORMAT = 4
+FORMAT = 5
 """Of all saved states; raised when their contents change."""
 SAVE_EVERY = 300.0
 """Seconds of training after which its state is saved."""
@@ -244,7 +243,7 @@ def snapshot(strategy: Any, order: list[torch.Tensor], skip: int | None) -> Stat
     """
     return {
         "clock": {k: v for k, v in vars(strategy.clock).items() if isinstance(v, int)},
-        "random": pack_random(random_state(strategy.device)),
+        "random": random_state(strategy.device),
         "order": order,
         "skip": skip,
         "model": strategy.model.state_dict(),
@@ -275,19 +274,7 @@ def restore(strategy: Any, state: State) -> None:
         generator.set_state(own)
     strategy.dataloader.skip = state["skip"] or 0
     vars(strategy.clock).update(state["clock"])
-    set_random_state(unpack_random(state["random"]), strategy.device)
-
-
-def pack_random(state: State) -> State:
-    """Return a `random_state` as tensors, numbers, texts, tuples and lists."""
-    kind, keys, *rest = state["numpy"]
-    return state | {"numpy": [kind, keys.tolist(), *rest]}
-
-
-def unpack_random(state: State) -> State:
-    """Return the `random_state` that was packed."""
-    kind, keys, *rest = state["numpy"]
-    return state | {"numpy": (kind, np.array(keys, dtype=np.uint32), *rest)}
+    set_random_state(state["random"], strategy.device)
 
 
 def _of(strategy: Any) -> State:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.errors import UserError
 from benchmarks.records import remove_leftovers
-from benchmarks.resume import FORMAT, load_state, pack_random, save_state, unpack_random
+from benchmarks.resume import FORMAT, load_state, save_state
 from clnp.plugin import Outcome
 from clnp.search import Trial
 
@@ -104,11 +104,10 @@ def pack(trial: Trial) -> dict[str, Any]:
     state = {field.name: getattr(trial, field.name) for field in dataclasses.fields(trial)}
     assert trial.outcome is not None
     state["outcome"] = vars(trial.outcome) | {"tensors": list(trial.outcome.tensors)}
-    state["random"] = pack_random(trial.random)
     return state
 
 
 def unpack(state: dict[str, Any]) -> Trial:
     """Return the trial that was packed."""
     outcome = Outcome(**state["outcome"] | {"tensors": tuple(state["outcome"]["tensors"])})
-    return Trial(**state | {"outcome": outcome, "random": unpack_random(state["random"])})
+    return Trial(**state | {"outcome": outcome})

@@ -165,35 +165,11 @@ def _run_missing(
     parallel: Parallel | None,
 ) -> tuple[int, Tuning]:
     git = git_state()
-    config = {
-        "experiment": asked.experiment.config(),
-        "data": {asked.experiment.dataset: images.fingerprint},
-    }
-    before = _earlier(path, asked, config)
-    seeds = sorted({*asked.seeds, *(before["seeds"] if before else ())})
-    grid = asked.cells(seeds, images.fingerprint)
-    tried = [candidate for candidate in (before or {}).get("candidates", ()) if candidate["runs"]]
-    done = {run["hash"]: run for candidate in tried for run in candidate["runs"]}
-    wanted = {cell.hash: cell for row in grid for cell in row}
-    # What was tried with another grid has been tried: it stays, and counts.
-    left = []
-    for candidate in tried:
-        same = [wanted[run["hash"]] for run in candidate["runs"] if run["hash"] in wanted]
-        if not same:
-            left.append(candidate)
-        # A default that has changed since is in no hash.
-        elif wrong := records.disagreements(candidate["settings"], same[0].config["method"]):
-            raise UserError(
-                f"{path}: a candidate was trained with other settings ({'; '.join(wrong)}). Delete "
-                "it to tune anew, or write elsewhere with --tuning-dir."
-            )
-
-    def result() -> Tuning:
-        return _result(asked, config, seeds, grid, done, left)
+    account = _account(asked, path, images.fingerprint)
 
     def enter(cell: Cell, run: dict[str, Any]) -> None:
-        done[cell.hash] = run
-        write_at_last(lambda: records.write_tuning(path, result()))
+        account.done[cell.hash] = run
+        write_at_last(lambda: records.write_tuning(path, account.result()))
 
     def keep(cell: Cell, record: records.Record) -> None:
         enter(cell, _run(cell, record))
@@ -203,13 +179,15 @@ def _run_missing(
         run = {"seed": cell.seed, "hash": cell.hash, "validation": None, "mean": None}
         enter(cell, run | {"seconds": 0.0, "environment": environment(device), "git": git})
 
-    todo = [cell for row in grid for cell in row if cell.hash not in done]
-    for cell in wanted.values():
-        if cell.hash in done:
+    todo = []
+    for cell in account.cells:
+        if cell.hash in account.done:
             sweep(cell.run_dir(folder))
+        else:
+            todo.append(cell)
     print(
-        f"{asked.experiment.preset} {asked.method.name}: {len(grid)} candidates, "
-        f"{len(seeds)} seeds, {len(todo)} of {len(grid) * len(seeds)} runs to do."
+        f"{asked.experiment.preset} {asked.method.name}: {len(account.grid)} candidates, "
+        f"{len(account.seeds)} seeds, {len(todo)} of {len(account.cells)} runs to do."
     )
     if git["dirty"]:
         print("The code has uncommitted changes; the result will say so.")
@@ -217,8 +195,95 @@ def _run_missing(
     work = Work(folder, git, share_first=True, save_every=save_every)
     code = run_cells(todo, images, device, work, keep, diverged, parallel=parallel)
     if code == 0:
-        records.write_tuning(path, result())
-    return code, result()
+        records.write_tuning(path, account.result())
+    return code, account.result()
+
+
+@dataclass
+class Account:
+    """A result as it grows: what has been tried of a grid, and of earlier ones."""
+
+    asked: Request
+    config: dict[str, Any]
+    """Of the experiment and its data."""
+    seeds: list[int]
+    grid: list[list[Cell]]
+    """Of each candidate, a cell a seed."""
+    done: dict[str, dict[str, Any]]
+    """What is kept of each cell that has been run, by its hash."""
+    left: list[dict[str, Any]]
+    """Candidates of an earlier grid alone: what was tried has been tried, and counts."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Those of all candidates."""
+        return [cell for row in self.grid for cell in row]
+
+    def candidate(self, row: Sequence[Cell]) -> dict[str, Any]:
+        """Return what the result says of a candidate, given its cells."""
+        runs = [self.done[cell.hash] for cell in row if cell.hash in self.done]
+        means = [run["mean"] for run in runs if run["mean"] is not None]
+        # One that diverges with any seed can't win.
+        steady = bool(means) and len(means) == len(runs)
+        settings = row[0].settings
+        return {
+            "settings": asdict(settings),
+            "changed": changed(settings),
+            "in_grid": True,
+            "runs": runs,
+            "mean": float(np.mean(means)) if steady else None,
+            "sd": float(np.std(means, ddof=1)) if steady and len(means) > 1 else None,
+            "seconds": sum(run["seconds"] for run in runs),
+        }
+
+    def result(self) -> Tuning:
+        """Return the result; it has a winner once all cells have been run."""
+        candidates = [self.candidate(row) for row in self.grid]
+        whole = all(cell.hash in self.done for cell in self.cells)
+        able = [i for i, candidate in enumerate(candidates) if candidate["mean"] is not None]
+        best = max(able, key=lambda i: candidates[i]["mean"]) if whole and able else None
+        everything = [*candidates, *({**candidate, "in_grid": False} for candidate in self.left)]
+        result: Tuning = json.loads(
+            canonical(
+                {
+                    "experiment": self.asked.experiment.preset,
+                    "method": self.asked.method.name,
+                    "revision": self.asked.method.revision,
+                    "config": self.config,
+                    "seeds": self.seeds,
+                    "tasks": self.asked.experiment.tasks,
+                    "candidates": everything,
+                    "winner": best,
+                    "dirty": any(run["git"]["dirty"] for c in everything for run in c["runs"]),
+                }
+            )
+        )
+        return result
+
+
+def _account(asked: Request, path: Path, fingerprint: str) -> Account:
+    """Return the account of a grid, with what the result in a file knows already."""
+    config = {
+        "experiment": asked.experiment.config(),
+        "data": {asked.experiment.dataset: fingerprint},
+    }
+    before = _earlier(path, asked, config)
+    seeds = sorted({*asked.seeds, *(before["seeds"] if before else ())})
+    account = Account(asked, config, seeds, asked.cells(seeds, fingerprint), {}, [])
+    wanted = {cell.hash: cell for cell in account.cells}
+    for candidate in (before or {}).get("candidates", ()):
+        runs = {run["hash"]: run for run in candidate["runs"]}
+        same = [wanted[hash_] for hash_ in runs if hash_ in wanted]
+        if not same:
+            account.left += [candidate] if runs else []
+        # A default that has changed since is in no hash.
+        elif wrong := records.disagreements(candidate["settings"], same[0].config["method"]):
+            raise UserError(
+                f"{path}: a candidate was trained with other settings ({'; '.join(wrong)}). Delete "
+                "it to tune anew, or write elsewhere with --tuning-dir."
+            )
+        account.done |= runs
+    return account
 
 
 def _earlier(path: Path, asked: Request, config: dict[str, Any]) -> Tuning | None:
@@ -248,54 +313,6 @@ def _run(cell: Cell, record: records.Record) -> dict[str, Any]:
         "environment": record["environment"],
         "git": record["git"],
     }
-
-
-def _result(
-    asked: Request,
-    config: dict[str, Any],
-    seeds: Sequence[int],
-    grid: Sequence[Sequence[Cell]],
-    done: dict[str, dict[str, Any]],
-    left: Sequence[dict[str, Any]],
-) -> Tuning:
-    candidates = []
-    for row in grid:
-        runs = [done[cell.hash] for cell in row if cell.hash in done]
-        means = [run["mean"] for run in runs if run["mean"] is not None]
-        # One that diverges with any seed can't win.
-        steady = bool(means) and len(means) == len(runs)
-        settings = row[0].settings
-        candidates.append(
-            {
-                "settings": asdict(settings),
-                "changed": changed(settings),
-                "in_grid": True,
-                "runs": runs,
-                "mean": float(np.mean(means)) if steady else None,
-                "sd": float(np.std(means, ddof=1)) if steady and len(means) > 1 else None,
-                "seconds": sum(run["seconds"] for run in runs),
-            }
-        )
-    whole = all(len(candidate["runs"]) == len(seeds) for candidate in candidates)
-    able = [i for i, candidate in enumerate(candidates) if candidate["mean"] is not None]
-    best = max(able, key=lambda i: candidates[i]["mean"]) if whole and able else None
-    everything = [*candidates, *({**candidate, "in_grid": False} for candidate in left)]
-    result: Tuning = json.loads(
-        canonical(
-            {
-                "experiment": asked.experiment.preset,
-                "method": asked.method.name,
-                "revision": asked.method.revision,
-                "config": config,
-                "seeds": seeds,
-                "tasks": asked.experiment.tasks,
-                "candidates": everything,
-                "winner": best,
-                "dirty": any(run["git"]["dirty"] for c in everything for run in c["runs"]),
-            }
-        )
-    )
-    return result
 
 
 def mismatches(result: Tuning, settings: Settings) -> list[str]:

@@ -8,10 +8,16 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of the generators of Python, NumPy, torch, and torch on a device."""
+    """Return the state of the generators of Python, NumPy, torch, and torch on a device.
+
+    It is made of numbers, texts, tensors, tuples and lists, so that it can be loaded from a file
+    without unpickling anything else.
+    """
+    numpy: Any = np.random.get_state()  # noqa: NPY002, transforms draw from the global one
+    kind, keys, *rest = numpy
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002, transforms draw from the global one
+        "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "device": None if device.type == "cpu" else _of_device(device).get_rng_state(*_at(device)),
     }
