@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,74 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.cluster import Parallel
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where and how cells are trained."""
+
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
+    workers: int | None = None
+    """Cells at once, on Ray; by default one after another in this process."""
+    ray_address: str | None = None
+    """A running Ray cluster to run on, such as auto or 10.0.0.1:6379."""
+    gpus_per_cell: float | None = None
+    """Share of a GPU that a cell takes on Ray, such as 0.25. (default: 1)"""
+    save_every: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0
+    """Minutes of training after which the state within a task is saved; after each task it is."""
+    data_dir: Path | None = None
+    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
+    runs_dir: Path = Path("runs")
+    """Folder of logs, W&B files and the state of unfinished cells."""
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether cells run on Ray.
+
+        Raises
+        ------
+        UserError
+            For a share of a GPU without it.
+        """
+        if self.workers is None and self.ray_address is None:
+            if self.gpus_per_cell is not None:
+                raise UserError("--gpus-per-cell needs --workers or --ray-address.")
+            return False
+        return True
+
+    @property
+    def own_device(self) -> torch.device:
+        """Where this process has its data: on Ray, cells have their own."""
+        from benchmarks.runner import pick_device
+
+        return pick_device("cpu" if self.on_ray else self.device)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, after which a state is saved.
+
+        Raises
+        ------
+        UserError
+            If they are none.
+        """
+        if not self.save_every > 0:
+            raise UserError(f"--save-every {self.save_every:g}: give minutes above 0.")
+        return 60 * self.save_every
+
+    def parallel(self, test: bool = True) -> Parallel | None:
+        """Return how cells run at once, if they do, with test data or without."""
+        if not self.on_ray:
+            return None
+        from benchmarks.cluster import Parallel
+
+        data = None if self.data_dir is None else self.data_dir.resolve()
+        return Parallel(self.workers, self.ray_address, self.gpus_per_cell, self.device, data, test)
+
+
+Working = Annotated[Work, tyro.conf.arg(name="")]
+"""Its options stand beside the command's own, without a prefix."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +120,17 @@ class Run:
     """Shift and mirror training images at random (split CIFAR)."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """Settings of methods to change, such as clnp.margin=0.001 clnp.l1=1e-7,1e-5,1e-6."""
-    device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
-    workers: int | None = None
-    """Cells at once, on Ray; by default one after another in this process."""
-    ray_address: str | None = None
-    """A running Ray cluster to run on, such as auto or 10.0.0.1:6379."""
-    gpus_per_cell: float | None = None
-    """Share of a GPU that a cell takes on Ray, such as 0.25. (default: 1)"""
     deterministic: bool = False
     """Let a GPU give the same bits each time, at some cost; a CPU does in any case."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mirror of the logs at Weights & Biases; auto: online when logged in, else offline."""
     force: bool = False
     """Run recorded cells again."""
-    save_every: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0
-    """Minutes of training after which the state within a task is saved; after each task it is."""
-    data_dir: Path | None = None
-    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
     records_dir: Path = Path("reports/records")
     """Folder of the records."""
-    runs_dir: Path = Path("runs")
-    """Folder of logs, W&B files and the state of unfinished cells."""
     out_dir: Path = Path("reports/out")
     """Folder of the generated tables and figures."""
+    work: Working = field(default_factory=Working)
 
 
 @dataclass(frozen=True)
@@ -95,22 +150,9 @@ class Tune:
     tasks: int | None = None
     """How many tasks of the stream each candidate learns; by default as many as the method's entry
     in the registry says, or 3."""
-    device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ...; auto: the GPU if there is one."""
-    workers: int | None = None
-    """Cells at once, on Ray; by default one after another in this process."""
-    ray_address: str | None = None
-    """A running Ray cluster to run on, such as auto or 10.0.0.1:6379."""
-    gpus_per_cell: float | None = None
-    """Share of a GPU that a cell takes on Ray, such as 0.25. (default: 1)"""
-    save_every: Annotated[float, tyro.conf.arg(metavar="MINUTES")] = 5.0
-    """Minutes of training after which the state within a task is saved; after each task it is."""
-    data_dir: Path | None = None
-    """Folder of the data sets. (default: the variable CLNP_DATA, else ./data)"""
     tuning_dir: Path = Path("reports/tuning")
     """Folder of the results, one JSON file an experiment and method."""
-    runs_dir: Path = Path("runs")
-    """Folder of logs and the state of unfinished candidates."""
+    work: Working = field(default_factory=Working)
 
 
 @dataclass(frozen=True)
@@ -234,44 +276,12 @@ def experiment_of(options: Run) -> Experiment:
     return preset(**overrides, settings=options.settings)
 
 
-def _on_ray(options: Run | Tune) -> bool:
-    if options.workers is None and options.ray_address is None:
-        if options.gpus_per_cell is not None:
-            raise UserError("--gpus-per-cell needs --workers or --ray-address.")
-        return False
-    return True
-
-
-def _own_device(options: Run | Tune) -> torch.device:
-    """Return where this process has its data: on Ray, cells have their own."""
-    from benchmarks.runner import pick_device
-
-    return pick_device("cpu" if _on_ray(options) else options.device)
-
-
-def _parallel(options: Run | Tune, test: bool = True) -> Parallel | None:
-    """Return how cells run at once, if they do."""
-    if not _on_ray(options):
-        return None
-    from benchmarks.cluster import Parallel
-
-    data = None if options.data_dir is None else options.data_dir.resolve()
-    more = (options.gpus_per_cell, options.device, data, test)
-    return Parallel(options.workers, options.ray_address, *more)
-
-
-def _seconds(minutes: float) -> float:
-    if not minutes > 0:
-        raise UserError(f"--save-every {minutes:g}: give minutes above 0.")
-    return 60 * minutes
-
-
 def run(options: Run) -> int:
     """Run a grid of cells, rebuild the report and print its main table."""
     from benchmarks.reporting import page
     from benchmarks.runner import Places, plan, run_grid
 
-    experiment = experiment_of(options)
+    experiment, work = experiment_of(options), options.work
     if options.seeds and options.n_seeds is not None:
         raise UserError("Give --seeds or --n-seeds, not both.")
     seeds: Sequence[int] = options.seeds or experiment.seeds
@@ -279,12 +289,12 @@ def run(options: Run) -> int:
         seeds = range(options.n_seeds)
     code = run_grid(
         plan(experiment, options.methods or experiment.methods, seeds),
-        Places(options.records_dir, options.runs_dir, options.data_dir),
-        _own_device(options),
+        Places(options.records_dir, work.runs_dir, work.data_dir),
+        work.own_device,
         options.wandb,
         options.force,
-        _seconds(options.save_every),
-        _parallel(options),
+        work.seconds,
+        work.parallel(),
         options.deterministic,
     )
     if code in (0, 1):
@@ -302,14 +312,15 @@ def tune(options: Tune) -> int:
     presets = experiments()
     preset = presets[pick("experiment", options.experiment, presets)]
     asked = tuning.request(options.method, preset, options.seeds, options.tasks)
+    work = options.work
     code, result = tuning.run(
         asked,
         options.tuning_dir,
-        options.runs_dir,
-        options.data_dir,
-        _own_device(options),
-        _seconds(options.save_every),
-        _parallel(options, test=False),
+        work.runs_dir,
+        work.data_dir,
+        work.own_device,
+        work.seconds,
+        work.parallel(test=False),
     )
     print(page.aligned(tables.tuning_table([result])))
     print(tuning.verdict(result))
