@@ -16,10 +16,11 @@ class SIPlugin(SupervisedPlugin):
     the *task's* loss alone and theta' - theta the optimizer's real step (eq. 3 of the source). At
     its end
 
-        Omega += relu(omega / ((theta_start - theta_end)**2 + xi))          (eq. 5)
+        Omega <- relu(Omega + omega / ((theta_start - theta_end)**2 + xi))          (eq. 5)
 
-    and later tasks train on loss + strength * sum Omega * (theta - theta*)**2 (eq. 4), theta* being
-    the weights at the end of the last task.
+    with the relu of the authors' code (pathint's `PATH_INT_PROTOCOL`): a path that has raised the
+    task's loss takes importance away, down to none. Later tasks train on loss + strength *
+    sum Omega * (theta - theta*)**2 (eq. 4), theta* being the weights at the end of the last task.
 
     The penalty's gradient, 2 * strength * Omega * (theta - theta*), is added to the task's before
     the optimizer's step, so that it costs no backward pass, and `strategy.loss` stays the task's
@@ -112,8 +113,8 @@ class SIPlugin(SupervisedPlugin):
         for name, parameter, moved, path in zip(
             self._names, self._parameters, self._moved, self._path, strict=True
         ):
-            earned = torch.relu(path / (moved.square() + self.xi))
-            self.importance[name] = _grown(self.importance.get(name), parameter) + earned
+            before = _grown(self.importance.get(name), parameter)
+            self.importance[name] = torch.relu(before + path / (moved.square() + self.xi))
         self._names, self._stepping = [], []
         for values in (self._parameters, self._start, self._moved, self._path, self._pull):
             values.clear()

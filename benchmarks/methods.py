@@ -822,6 +822,7 @@ METHODS: dict[str, Method[Any]] = {
         ),
         Method(
             name="si",
+            revision=2,  # importance can fall
             build=_si,
             settings={
                 "pmnist": SI_PMNIST,
@@ -928,9 +929,9 @@ METHODS: dict[str, Method[Any]] = {
             grid={
                 "pmnist": (
                     HATSettings(epochs=25),  # smax and lamb of the authors
-                    HATSettings(epochs=25, embedding_lr=0.003),
                     HATSettings(epochs=25, embedding_lr=0.01),
                     HATSettings(epochs=25, smax=100.0, embedding_lr=0.01, lamb=0.25),
+                    HATSettings(epochs=40, smax=100.0, embedding_lr=0.01, lamb=0.25),
                 ),
             },
             tuning_tasks={"pmnist": 10},  # three can't see that units run out

@@ -66,16 +66,8 @@ class Squares(nn.Module):
         return (self.a - 1).square() * x.sum() + 3 * self.b.square() * x.sum()
 
 
-def test_two_parameters_by_hand() -> None:
-    """Gradient descent on (a-1)^2 + 3 b^2 at rate 0.1, two steps, then one step of a second task.
-
-    a: 0 -> 0.2 -> 0.36 by gradients -2, -1.6; b: 1 -> 0.4 -> 0.16 by gradients 6, 2.4.
-    omega: a 2*0.2 + 1.6*0.16 = 0.656; b 6*0.6 + 2.4*0.24 = 4.176.
-    Omega with xi = 0.1: a 0.656 / (0.36^2 + 0.1); b 4.176 / (0.84^2 + 0.1).
-    The second task's first step is free (theta = theta*), its second is pulled back.
-    """
+def squares(plugin: SIPlugin) -> tuple[Squares, Any, Any]:
     model = Squares()
-    plugin = SIPlugin(strength=0.25, xi=0.1)
     data = [(torch.ones(2, 1), torch.zeros(2, dtype=torch.long))] * 2
     learner = Naive(
         model=model,
@@ -86,25 +78,55 @@ def test_two_parameters_by_hand() -> None:
         plugins=[plugin],
         evaluator=EvaluationPlugin(loggers=[]),
     )
-    stream = tensors_benchmark(data, data, task_labels=[0, 0]).train_stream
+    return model, learner, tensors_benchmark(data, data, task_labels=[0, 0]).train_stream
+
+
+@pytest.mark.parametrize("strength", [0.25, 5.0])
+def test_two_parameters_by_hand(strength: float) -> None:
+    """Gradient descent on (a-1)^2 + 3 b^2 at rate 0.1, two steps, then two of a second task.
+
+    a: 0 -> 0.2 -> 0.36 by gradients -2, -1.6; b: 1 -> 0.4 -> 0.16 by gradients 6, 2.4.
+    omega: a 2*0.2 + 1.6*0.16 = 0.656; b 6*0.6 + 2.4*0.24 = 4.176.
+    Omega with xi = 0.1: a 0.656 / (0.36^2 + 0.1); b 4.176 / (0.84^2 + 0.1).
+    The second task's first step is free (theta = theta*), its second is pulled back. At strength
+    5 so far back that its path raises the task's loss, which takes importance away.
+    """
+    model, learner, stream = squares(plugin := SIPlugin(strength, xi=0.1))
     learner.train(stream[0])
     omega_a, omega_b = 0.656 / (0.36**2 + 0.1), 4.176 / (0.84**2 + 0.1)
     torch.testing.assert_close(plugin.importance["a"], torch.tensor(omega_a))
     torch.testing.assert_close(plugin.importance["b"], torch.tensor(omega_b))
 
     learner.train(stream[1])
-    a, b = 0.36, 0.16
+    a, b, path_a, path_b = 0.36, 0.16, 0.0, 0.0
     for _ in range(2):
-        pull_a = 2 * 0.25 * omega_a * (a - 0.36)
-        pull_b = 2 * 0.25 * omega_b * (b - 0.16)
-        a, b = a - 0.1 * (2 * (a - 1) + pull_a), b - 0.1 * (6 * b + pull_b)
+        step_a = -0.1 * (2 * (a - 1) + 2 * strength * omega_a * (a - 0.36))
+        step_b = -0.1 * (6 * b + 2 * strength * omega_b * (b - 0.16))
+        path_a, path_b = path_a - 2 * (a - 1) * step_a, path_b - 6 * b * step_b
+        a, b = a + step_a, b + step_b
     torch.testing.assert_close(model.a.detach(), torch.tensor(a))
     torch.testing.assert_close(model.b.detach(), torch.tensor(b))
+    assert (path_a < 0, path_b < 0) == (strength == 5.0,) * 2
+    both_a = omega_a + path_a / ((a - 0.36) ** 2 + 0.1)
+    both_b = omega_b + path_b / ((b - 0.16) ** 2 + 0.1)
+    torch.testing.assert_close(plugin.importance["a"], torch.tensor(both_a))
+    torch.testing.assert_close(plugin.importance["b"], torch.tensor(both_b))
+
+
+def test_importance_is_never_negative() -> None:
+    _, learner, stream = squares(plugin := SIPlugin(strength=0.25, xi=0.1))
+    (group,) = learner.optimizer.param_groups
+    group["lr"] = 0.001
+    learner.train(stream[0])
+    assert min(plugin.importance.values()) > 0
+    group.update(lr=0.1, maximize=True)  # uphill: the path takes more than there is
+    learner.train(stream[1])
+    assert plugin.importance == {"a": 0.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("adam", [False, True])
 def test_equals_the_formula_written_with_autograd(adam: bool) -> None:
-    strength, xi = 0.5, 0.01
+    strength, xi = 20.0, 0.01
     model = network()
     plugin = SIPlugin(strength, xi)
     learn(model, [plugin], adam=adam)
@@ -113,6 +135,7 @@ def test_equals_the_formula_written_with_autograd(adam: bool) -> None:
     kind = torch.optim.Adam if adam else torch.optim.SGD
     optimizer = kind(other.parameters(), lr=0.05)
     importance = torch.zeros_like(weights(other))
+    lowered = 0
     for task, experience in enumerate(benchmark().train_stream):
         torch.manual_seed(task)
         start, path = weights(other), torch.zeros_like(importance)
@@ -131,7 +154,10 @@ def test_equals_the_formula_written_with_autograd(adam: bool) -> None:
             before = weights(other)
             optimizer.step()
             path += -flat * (weights(other) - before)
-        importance = importance + torch.relu(path / ((weights(other) - start).square() + xi))
+        earned = path / ((weights(other) - start).square() + xi)
+        lowered += int(((earned < 0) & (importance > 0)).sum())
+        importance = torch.relu(importance + earned)
+    assert lowered > 0
     ours = torch.cat([plugin.importance[n].flatten() for n, _ in model.named_parameters()])
     torch.testing.assert_close(ours, importance, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(weights(model), weights(other), rtol=1e-3, atol=1e-4)
