@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import platform
 import re
 import time
@@ -297,6 +298,11 @@ def _record(
     """Put together what is known of a cell at its end, after so many seconds."""
     # A method that learns all at once is never seen to drift.
     drifts = drift.drift() if learner.learnt(1) else {}
+    if lost := [task for task, change in drifts.items() if not math.isfinite(change)]:
+        raise FloatingPointError(
+            f"The logits of task {lost[0]} are no finite numbers any more: try a lower learning "
+            "rate."
+        )
     accuracy = course.accuracy
     if "validation" not in accuracy:
         accuracy["validation"] = [[None] * len(matrix) for matrix in accuracy["test"]]

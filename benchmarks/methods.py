@@ -348,7 +348,7 @@ EWC_CIFAR = EWCSettings(decay_from=1.0, samples=5000)
 EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, samples=10_000)
 EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
 EWC_STRENGTHS = {
-    "pmnist": (10.0, 100.0, 1000.0, 10_000.0),
+    "split_cifar": (10.0, 100.0, 1000.0, 10_000.0),
     "quickstart": (30.0, 100.0, 300.0, 1000.0),
 }
 
@@ -854,7 +854,9 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=frozenset(_WIDE),
             grid={
-                "pmnist": tuple(JointSettings(epochs=20, lr=lr) for lr in (0.0005, 0.001, 0.002)),
+                "pmnist": tuple(
+                    JointSettings(epochs=20, lr=lr) for lr in (0.00025, 0.0005, 0.001, 0.002)
+                ),
             },
         ),
         Method(
@@ -884,7 +886,7 @@ METHODS: dict[str, Method[Any]] = {
                     *strengths(EWC_PMNIST, (100.0, 1000.0)),
                 ),
                 "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS["quickstart"]),
-                **{name: strengths(EWC_CIFAR, EWC_STRENGTHS["pmnist"]) for name in _NARROW},
+                **{name: strengths(EWC_CIFAR, EWC_STRENGTHS["split_cifar"]) for name in _NARROW},
             },
             later=frozenset({"strength"}),
             # Three tasks can't see that a penalty is too stiff for ten.
@@ -899,7 +901,7 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=False,
             grid={
-                "pmnist": strengths(EWC_ONLINE_PMNIST, EWC_STRENGTHS["pmnist"]),
+                "pmnist": strengths(EWC_ONLINE_PMNIST, (300.0, 1000.0, 3000.0, 10_000.0)),
                 "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS["quickstart"]),
             },
             later=frozenset({"strength", "gamma"}),
@@ -945,12 +947,14 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=True,
             grid={
-                "pmnist": tuple(
-                    dataclasses.replace(PACKNET_PMNIST, lr=lr, prune=prune)
-                    for lr in (0.001, 0.0005)
-                    for prune in (None, 0.75)
+                "pmnist": (
+                    PACKNET_PMNIST,
+                    dataclasses.replace(PACKNET_PMNIST, lr=0.0005),
+                    dataclasses.replace(PACKNET_PMNIST, retrain=0.5),
+                    dataclasses.replace(PACKNET_PMNIST, prune=0.75),  # its authors'
                 ),
             },
+            tuning_tasks={"pmnist": 10},  # a task's share depends on how many there are
         ),
         Method(
             name="lwf",
@@ -961,9 +965,14 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=False,
             grid={
-                "pmnist": strengths(LWF_PMNIST, (0.3, 1.0, 3.0, 10.0)),
+                "pmnist": tuple(
+                    dataclasses.replace(LWF_PMNIST, lr=lr, strength=strength)
+                    for lr in (0.001, 0.0001)
+                    for strength in (1.0, 10.0)
+                ),
             },
             later=frozenset({"strength"}),
+            tuning_tasks={"pmnist": 10},  # as for ewc
         ),
         Method(
             name="er",
@@ -974,8 +983,12 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=False,
             grid={
-                "pmnist": tuple(ERSettings(epochs=10, lr=lr) for lr in (0.0005, 0.001, 0.002)),
+                "pmnist": (
+                    *(ERSettings(epochs=10, lr=lr) for lr in (0.0001, 0.0005, 0.001)),
+                    ERSettings(epochs=3),
+                ),
             },
+            tuning_tasks={"pmnist": 10},  # the memory holds fewer images of each task then
         ),
     )
 }

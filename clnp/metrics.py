@@ -13,8 +13,9 @@ class LogitDrift(PluginMetric[float]):
 
     The probe of an experience is the first batch on which it is evaluated; its logits are kept
     the first time it is evaluated after it was learnt, and compared ever after. 0 means that they
-    are bitwise the same; nan that nobody can tell, since training went on before the experience was
-    evaluated. Costs no forward pass of its own.
+    are bitwise the same; inf that some are no longer numbers; nan that nobody can tell, since
+    training went on before the experience was evaluated. An experience that is trained again is
+    learnt anew. Costs no forward pass of its own.
 
     A metric of an `EvaluationPlugin`; for a strategy with its default evaluator, one of its plugins
     (then :meth:`drift` tells the values, which are not logged).
@@ -48,8 +49,11 @@ class LogitDrift(PluginMetric[float]):
 
     def before_training_exp(self, strategy: Any) -> None:
         """Give up those whose logits nobody has seen: training is about to move them."""
-        # One that is itself trained again is learnt anew.
-        for index in self._learnt - self._reference.keys() - {_index(strategy)}:
+        again = _index(strategy)  # is learnt anew
+        self._learnt.discard(again)
+        self._reference.pop(again, None)
+        self._drift.pop(again, None)
+        for index in self._learnt - self._reference.keys():
             self._drift[index] = math.nan
 
     def after_training_exp(self, strategy: Any) -> None:
@@ -79,8 +83,7 @@ class LogitDrift(PluginMetric[float]):
         if kept.shape != now.shape:  # a head or a batch that grew: what was there is compared
             rows, columns = min(len(kept), len(now)), min(kept.shape[1], now.shape[1])
             kept, now = kept[:rows, :columns], now[:rows, :columns]
-        change = float((now - kept).abs().max()) if kept.numel() else 0.0
-        self._drift[index] = max(self._drift[index], change)
+        self._drift[index] = max(self._drift[index], _change(kept, now))
 
     def after_eval(self, strategy: Any) -> list[MetricValue]:
         """Report the largest drift after each evaluation, as soon as there is one."""
@@ -105,6 +108,13 @@ class LogitDrift(PluginMetric[float]):
 
     def __str__(self) -> str:
         return "LogitDrift"
+
+
+def _change(kept: Tensor, now: Tensor) -> float:
+    """Return the largest change; what is not a number any more, or was none, changed by inf."""
+    moved = now != kept  # not by subtraction alone: equal infinities are no change
+    changes = (now - kept).abs()[moved].nan_to_num(nan=math.inf, posinf=math.inf)
+    return float(changes.max()) if changes.numel() else 0.0
 
 
 def _index(strategy: Any) -> int:

@@ -262,6 +262,8 @@ def test_a_section_has_the_papers_figures(
     names = {picture.name for picture in section.pictures}
     assert {target["final"]["file"], target["use"]["file"]} <= names
     assert "claims" in {table.name for table in section.headline}
+    compared = [table for table in section.details if "CLNP, m = 2 %" in table.caption]
+    assert [table.name for table in compared] == ["comparisons"] * (experiment == "split_cifar")
 
 
 @pytest.mark.parametrize(

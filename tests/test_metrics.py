@@ -133,6 +133,45 @@ def test_weights_that_stay_drift_by_zero_and_the_smallest_change_is_seen() -> No
     assert 0 < drift.result() < 1e-6
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_any_more_have_drifted_without_bound(value: float) -> None:
+    drift = LogitDrift()
+    strategy, bench = with_metric(drift, lr=0.0), benchmark()
+    strategy.train(bench.train_stream[0], eval_streams=[])
+    strategy.eval(bench.test_stream)
+    with torch.no_grad():
+        strategy.model[2].bias[0] = value
+    strategy.eval(bench.test_stream)
+    assert drift.drift()[0] == math.inf
+
+
+def test_equal_infinities_hide_no_change() -> None:
+    drift = LogitDrift()
+    strategy, bench = with_metric(drift, lr=0.0), benchmark()
+    with torch.no_grad():
+        strategy.model[2].bias[0] = -math.inf
+    strategy.train(bench.train_stream[0], eval_streams=[])
+    strategy.eval(bench.test_stream)
+    strategy.eval(bench.test_stream)
+    assert drift.drift()[0] == 0
+    with torch.no_grad():
+        strategy.model[2].bias[1] += 0.5
+    strategy.eval(bench.test_stream)
+    assert drift.drift()[0] == pytest.approx(0.5)
+
+
+def test_what_is_trained_again_is_learnt_anew() -> None:
+    drift = LogitDrift()
+    strategy, bench = with_metric(drift), benchmark()
+    for _ in range(2):
+        strategy.train(bench.train_stream[0], eval_streams=[])
+        strategy.eval(bench.test_stream)
+        assert drift.drift() == {0: 0.0}
+    strategy.train(bench.train_stream[1], eval_streams=[])
+    strategy.eval(bench.test_stream)
+    assert drift.drift()[0] > 0
+
+
 def test_evaluation_within_training_alone_is_enough() -> None:
     """Avalanche evaluates before it trains again, so nothing is missed."""
     drift, bench = LogitDrift(), benchmark()

@@ -5,6 +5,7 @@ Golden files: after an intended change run with UPDATE_GOLDEN=1 and read the dif
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -172,6 +173,52 @@ def test_uncommitted_code_never_fills_a_paper_table(tmp_path: Path) -> None:
     cells, notes = load.cells(tmp_path, "pmnist", paper=False)
     assert len(cells) == 1
     assert "uncommitted" in notes[0]
+
+
+def test_uncommitted_code_fills_no_figure_of_the_paper(tmp_path: Path) -> None:
+    """Split CIFAR has no table in the paper, but figures and claims."""
+    record = record_of("pmnist", "clnp", 0) | {"experiment": "split_cifar"}
+    record["git"]["dirty"] = True
+    path = put(tmp_path, record)
+    target = load.targets(TARGETS)["split_cifar"]
+    section = page.section(tmp_path, "split_cifar", target, tmp_path)
+    assert not section.pictures
+    assert any(path.name in note and "uncommitted" in note for note in section.notes)
+
+
+def test_what_a_custom_experiment_changes_is_told_and_what_holding_out_costs(
+    tmp_path: Path,
+) -> None:
+    whole = record_of("pmnist", "clnp", 0)
+    whole["config"]["experiment"] |= {"validation": 10_000, "epochs": 60}
+    put(tmp_path, whole)
+    name = "pmnist-custom-1234"
+    changed = {**whole["config"]["experiment"], "name": name, "validation": 0}
+    less = copy.deepcopy(whole) | {"experiment": name}
+    less["config"]["experiment"] = changed
+    less["accuracy"]["test"][-1] = [0.5] * 10
+    put(tmp_path, less)
+    section = page.section(tmp_path, name, None, tmp_path)
+    assert "As pmnist, but validation = 0." in section.notes
+
+    target = load.targets(TARGETS)["pmnist"]
+    details = page.section(tmp_path, "pmnist", target, tmp_path).details
+    (table,) = [table for table in details if table.name == "per_task"]
+    assert list(table.text["Method"]) == ["CLNP", "CLNP, nothing held out"]
+    assert table.text["Mean"].iloc[1] == table.text["Task 1"].iloc[1] == "50.00"
+    # With another change as well it would tell something else.
+    less["config"]["experiment"] = changed | {"epochs": 1}
+    put(tmp_path, less)
+    cells, _ = load.cells(tmp_path, "pmnist", paper=True)
+    assert load.without_holdout(tmp_path, "pmnist", cells[0]) == []
+
+
+def test_numbers_of_others_stand_below_ours() -> None:
+    target = load.targets(TARGETS)["split_cifar"]
+    table = tables.per_task_table(cells_of("pmnist"), target)
+    row = table.text.set_index("Method").loc["SI, its authors (c = 0.01)"]
+    assert (row["n"], row["Task 1"], row["Mean"]) == ("—", "74.60", "73.53")
+    assert target["per_task"]["note"] in table.notes
 
 
 def test_same_cell_twice_is_used_neither_way(tmp_path: Path) -> None:
@@ -477,24 +524,27 @@ def test_main_table_tells_what_was_tried(target: dict[str, Any]) -> None:
     tunings, notes = load.tunings(TUNING, "pmnist")
     assert notes == []
     text = tables.main_table(cells_of("pmnist"), target, tunings).text.set_index("Method")
-    assert text["Tried"].to_dict() == dict.fromkeys(text.index, "—") | {"CLNP": "3", "EWC": "2"}
+    assert text["Tried"].to_dict() == dict.fromkeys(text.index, "—") | {"CLNP": "3", "EWC": "3"}
 
 
 def test_tuning_table_against_the_results() -> None:
     tunings, _ = load.tunings(TUNING, "pmnist")
     table = tables.tuning_table(tunings, ["finetune"])
-    assert list(table.text["Method"]) == ["EWC", "EWC", "CLNP", "CLNP", "CLNP", "Fine-tuning"]
+    assert list(table.text["Method"]) == [*["EWC"] * 4, *["CLNP"] * 3, "Fine-tuning"]
     # Only the settings in which the candidates differ.
     assert list(table.text["Configuration"]) == [
         "strength 10",
         "strength 100",
+        "strength 100",
+        "strength 1000",
         "lr 0.002, l1 1e-07/1e-05/1e-06",
         "lr 0.001, l1 1e-07/1e-05/1e-06",
         "lr 0.002, l1 1e-06/1e-05/1e-06",
         "—",
     ]
     assert set(table.text.iloc[-1]) == {"Fine-tuning", "—"}
-    assert table.text["Winner"].iloc[4] == "no (earlier grid)"
+    assert list(table.text["Tasks"]) == ["3", "3", "2", "2", "3", "3", "3", "—"]
+    assert list(table.text["Winner"].iloc[[2, 3, 6]]) == ["no (earlier grid)"] * 3
     clnp = read_tuning(TUNING / "pmnist" / "clnp.json")
     rows = table.numbers[table.numbers["method"] == "clnp"]
     for (_, row), candidate in zip(rows.iterrows(), clnp["candidates"], strict=True):
@@ -505,9 +555,9 @@ def test_tuning_table_against_the_results() -> None:
     assert list(rows["minutes"]) == [5, 10, 15]
     assert list(rows["winner"]).index(True) == clnp["winner"]
     assert (
-        "Budget: EWC: 2 configurations, first 3 tasks, seed 100; "
-        "CLNP: 3 configurations, first 3 tasks, seeds 100–101."
-    ) in table.notes
+        "Budget: EWC: 2 configurations, first 3 tasks, seed 100; EWC: 2 configurations, first 2 "
+        "tasks, seed 100; CLNP: 3 configurations, first 3 tasks, seeds 100–101."
+    ) in table.notes[-1]
 
 
 def test_tuning_that_cannot_be_used_is_named(tmp_path: Path) -> None:

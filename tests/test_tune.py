@@ -20,6 +20,7 @@ from benchmarks import records, tune
 from benchmarks.__main__ import main
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError
+from benchmarks.experiment import canonical
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import METHODS, Method
 from benchmarks.pmnist import PermutedMNIST
@@ -384,8 +385,15 @@ def disagreement(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-2:]))
 def test_settings_are_the_winners(path: Path) -> None:
     result = records.read_tuning(path)
+    preset, method = path.parent.name, METHODS[path.stem]
     if all(candidate["runs"] for candidate in result["candidates"]):
         assert disagreement(path) == []
+        assert result["revision"] == method.revision
+        assert result["tasks"] == method.tuning_tasks.get(preset, tune.TASKS)
+        mine = [c["settings"] for c in result["candidates"] if c["in_grid"]]
+        for settings, today in zip(mine, method.grid[preset], strict=True):
+            wanted = json.loads(canonical(dataclasses.asdict(today)))
+            assert not records.disagreements(settings, wanted)
     else:  # a grid that goes on later
         assert result["winner"] is None
     assert min(result["seeds"]) >= tune.FIRST_SEED

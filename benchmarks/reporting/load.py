@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections import defaultdict
@@ -159,6 +160,26 @@ def decode(record: dict[str, Any]) -> Cell:
     )
 
 
+def changes(cell: Cell, preset: Cell) -> dict[str, Any]:
+    """Return the experiment's fields in which a cell differs from a cell of the preset."""
+    ours, theirs = (json.loads(c.settings)["experiment"] for c in (cell, preset))
+    return {
+        name: value
+        for name, value in ours.items()
+        if name != "name" and value != theirs.get(name, value)
+    }
+
+
+def without_holdout(records_dir: Path, experiment: str, preset: Cell) -> list[Cell]:
+    """Return the cells that differ from a preset's in nothing but that no image is held out."""
+    found = []
+    for name in experiments(records_dir):
+        if is_custom(name) and name.rpartition("-custom-")[0] == experiment:
+            mine, _ = cells(records_dir, name, paper=True)
+            found += [cell for cell in mine if changes(cell, preset) == {"validation": 0}]
+    return found
+
+
 def experiments(records_dir: Path) -> list[str]:
     """Return the names of the experiments that have records, presets before custom ones."""
     found = {path.parts[-3] for path in records_dir.glob("*/*/*.json")}
@@ -175,7 +196,8 @@ def cells(records_dir: Path, experiment: str, paper: bool) -> tuple[list[Cell], 
     experiment
         Name of the experiment.
     paper
-        Whether its table stands beside the paper's: then no record from a dirty tree is used.
+        Whether it is an experiment of the paper's, in full or reduced: then no record from a dirty
+        tree is used.
 
     Returns
     -------
@@ -269,19 +291,22 @@ def tunings(tuning_dir: Path, experiment: str) -> tuple[list[Tuning], list[str]]
     Parameters
     ----------
     tuning_dir
-        Folder with ``<experiment>/<method>.json``.
+        Folder with ``<experiment>/<method>.json``, and in ``<experiment>/earlier/`` what was tried
+        before with fewer tasks.
     experiment
         Name of the experiment.
 
     Returns
     -------
     found : list of dict
-        Results of finished grids, in the order of the rows.
+        Results of finished grids, in the order of the rows; ``earlier`` of each is a list of what
+        was tried before.
     notes : list of str
         What was left out or needs a reader's attention, by name.
     """
     found, notes = [], []
-    for path in sorted((tuning_dir / experiment).glob("*.json")):
+    folder = tuning_dir / experiment
+    for path in sorted(folder.glob("*.json")):
         where = path.relative_to(tuning_dir).as_posix()
         try:
             result = read_tuning(path)
@@ -295,7 +320,9 @@ def tunings(tuning_dir: Path, experiment: str) -> tuple[list[Tuning], list[str]]
         elif result["winner"] is None:
             notes.append(f"Not used: tuning {where} is not finished.")
         else:
-            found.append(result)
+            before = folder / "earlier" / path.name
+            earlier = [read_tuning(before)] if before.exists() else []
+            found.append(result | {"earlier": earlier})
             if result["dirty"]:
                 notes.append(f"Tuning {where} comes from uncommitted code (git.dirty).")
     return sorted(found, key=lambda result: rank(result["method"])), notes

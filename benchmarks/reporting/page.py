@@ -52,7 +52,7 @@ def section(
         Folder of the results of the methods' grids.
     """
     beside = target if target and "table" in target else None
-    cells, notes = load.cells(records_dir, experiment, paper=beside is not None)
+    cells, notes = load.cells(records_dir, experiment, paper=target is not None)
     tunings, remarks = load.tunings(tuning_dir, experiment)
     notes += remarks
     custom = load.is_custom(experiment)
@@ -65,13 +65,17 @@ def section(
         headline.append(claims.claims_table(target, cells))
     if cells:
         details = [
-            tables.comparison_table(cells, beside),
-            tables.per_task_table(cells),
+            tables.comparison_table(cells, target),
+            tables.per_task_table(
+                cells, target, load.without_holdout(records_dir, experiment, cells[0])
+            ),
             tables.capacity_table(cells),
             tables.search_table(cells),
             tables.seeds_table(cells),
         ]
         pictures = _pictures(cells, target)
+        if custom and (note := _custom_note(records_dir, experiment, cells[0])):
+            notes.insert(0, note)
     else:
         notes.append(f"No usable record of {experiment} yet.")
     if tunings:
@@ -87,6 +91,16 @@ def section(
         pictures=tuple(pictures),
         notes=tuple(notes),
     )
+
+
+def _custom_note(records_dir: Path, experiment: str, cell: load.Cell) -> str:
+    """Return in what a custom experiment differs from its preset, if that has records."""
+    preset = experiment.rpartition("-custom-")[0]
+    cells, _ = load.cells(records_dir, preset, paper=False)
+    if not cells:
+        return ""
+    told = ", ".join(f"{name} = {value}" for name, value in load.changes(cell, cells[0]).items())
+    return f"As {preset}, but {told}."
 
 
 def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
@@ -289,7 +303,7 @@ def readme_table(
     """Return the headline table as Markdown: the paper's rows and those of measured methods."""
     target = load.targets(targets_dir).get(experiment)
     beside = target if target and "table" in target else None
-    cells, _ = load.cells(records_dir, experiment, paper=beside is not None)
+    cells, _ = load.cells(records_dir, experiment, paper=target is not None)
     if not cells and beside is None:
         raise UserError(f"No usable record of {experiment!r} in {records_dir}.")
     table = tables.main_table(cells, beside)

@@ -187,10 +187,7 @@ def main_frame(
         What was tried for the methods, as far as they were tuned.
     """
     groups = by_method(cells)
-    tried = {
-        tuning["method"]: sum(bool(candidate["runs"]) for candidate in tuning["candidates"])
-        for tuning in tunings
-    }
+    tried = {tuning["method"]: _configurations(tuning) for tuning in tunings}
     rows = []
     for method in sorted({*every, *groups}, key=rank):
         mine = groups.get(method, [])
@@ -225,6 +222,21 @@ def main_frame(
     integers = ("learnt", "tasks", "trainable", "stored", "configurations")
     whole = dict.fromkeys(integers, "Int64")
     return pd.DataFrame(rows).astype(whole | {"task_id_at_test": "boolean"})
+
+
+def _accounts(tunings: Sequence[Tuning]) -> list[tuple[Tuning, bool]]:
+    """Return the results and what was tried before, and whether each is the newest."""
+    return [
+        (account, account is tuning)
+        for tuning in tunings
+        for account in (tuning, *tuning.get("earlier", ()))
+    ]
+
+
+def _configurations(tuning: Tuning) -> int:
+    """Return how many different configurations of a method were tried, earlier ones included."""
+    candidates = [c for account, _ in _accounts([tuning]) for c in account["candidates"]]
+    return len({canonical(candidate["changed"]) for candidate in candidates if candidate["runs"]})
 
 
 def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -502,7 +514,7 @@ def tuning_frame(tunings: Sequence[Tuning]) -> pd.DataFrame:
         in_grid. Accuracies are means over the tasks after the last one, on validation data.
     """
     rows = []
-    for tuning in tunings:
+    for tuning, newest in _accounts(tunings):
         candidates = tuning["candidates"]
         names = [
             name
@@ -528,8 +540,8 @@ def tuning_frame(tunings: Sequence[Tuning]) -> pd.DataFrame:
                     "sd": values.sd,
                     "n": values.n,
                     "minutes": candidate["seconds"] / max(values.n, 1) / 60,
-                    "winner": place == tuning["winner"],
-                    "in_grid": candidate["in_grid"],
+                    "winner": newest and place == tuning["winner"],
+                    "in_grid": newest and candidate["in_grid"],
                 }
             )
     columns = (
@@ -677,48 +689,62 @@ def seeds_table(cells: Sequence[Cell]) -> Table:
     )
 
 
-def per_task_table(cells: Sequence[Cell]) -> Table:
-    """Return the accuracy on each task after the last one, mean over seeds."""
+def per_task_table(
+    cells: Sequence[Cell], target: Targets | None = None, whole: Sequence[Cell] = ()
+) -> Table:
+    """Return the accuracy on each task after the last one, mean over seeds.
+
+    Parameters
+    ----------
+    cells
+        Cells of the experiment.
+    target
+        Its targets file, with the numbers of others under ``per_task``; None if there is none.
+    whole
+        Cells of the same experiment in which no training images are held out.
+    """
     tasks = range(len(cells[0].test))
-    rows = []
-    for method, mine in by_method(cells).items():
-        last = [summarise([cell.test[-1, j] for cell in mine]) for j in tasks]
-        just = [summarise([cell.test[j, j] for cell in mine]) for j in tasks]
-        rows += [
-            {
-                "method": method,
-                "task": j + 1,
-                "just_learnt": just[j].mean,
-                "at_the_end": last[j].mean,
-                "at_the_end_sd": last[j].sd,
-                "n": last[j].n,
-            }
-            for j in tasks
-        ]
-    frame = pd.DataFrame(rows)
-    text = pd.DataFrame(
-        [
-            {
-                "Method": label(str(method)),
-                "n": str(part["n"].max()),
-                **{
-                    f"Task {task}": number(value)
-                    for task, value in zip(part["task"], part["at_the_end"], strict=True)
-                },
-            }
-            for method, part in frame.groupby("method", sort=False)
-        ]
-    )
+    rows, lines = [], []
+    for held_out, some in ((True, cells), (False, whole)):
+        for method, mine in by_method(some).items():
+            last = [summarise([cell.test[-1, j] for cell in mine]) for j in tasks]
+            just = [summarise([cell.test[j, j] for cell in mine]) for j in tasks]
+            rows += [
+                {
+                    "method": method,
+                    "held_out": held_out,
+                    "task": j + 1,
+                    "just_learnt": just[j].mean,
+                    "at_the_end": last[j].mean,
+                    "at_the_end_sd": last[j].sd,
+                    "n": last[j].n,
+                }
+                for j in tasks
+            ]
+            name = label(str(method)) + ("" if held_out else ", nothing held out")
+            n = str(max(summary.n for summary in last))
+            lines.append(_task_line(name, n, [summary.mean for summary in last]))
+    notes = ["The CSV also has the accuracy just after learning and deviations.", seeds_note(cells)]
+    if others := (target or {}).get("per_task"):
+        lines += [_task_line(row["name"], NONE, row["accuracy"]) for row in others["rows"]]
+        notes.insert(0, others["note"])
     return Table(
         name="per_task",
         caption="Test accuracy (%) on each task after the last one, mean over seeds",
-        numbers=frame,
-        text=text,
-        notes=(
-            "The CSV also has the accuracy just after learning and deviations.",
-            seeds_note(cells),
-        ),
+        numbers=pd.DataFrame(rows),
+        text=pd.DataFrame(lines),
+        notes=tuple(notes),
     )
+
+
+def _task_line(name: str, n: str, values: Sequence[float]) -> dict[str, str]:
+    """Return a row of accuracies, by task and their mean."""
+    return {
+        "Method": name,
+        "n": n,
+        **{f"Task {j + 1}": number(value) for j, value in enumerate(values)},
+        "Mean": number(float(np.nanmean(values))) if np.isfinite(values).any() else NONE,
+    }
 
 
 def capacity_table(cells: Sequence[Cell]) -> Table | None:
@@ -812,6 +838,7 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
         {
             "Method": lambda r: label(r["method"]),
             "Configuration": lambda r: r["configuration"] or NONE,
+            "Tasks": lambda r: str(r["tasks"]),
             "Validation, %": lambda r: plus_minus(r["mean"], r["sd"]),
             "n": lambda r: str(r["n"]) if r["n"] else NONE,
             "Training": lambda r: duration(r["minutes"]) if r["n"] else NONE,
@@ -822,7 +849,7 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
     )
     dashes = [dict.fromkeys(text, NONE) | {"Method": label(name)} for name in untuned]
     budgets: dict[str, list[str]] = {}
-    for tuning in tunings:
+    for tuning, _ in _accounts(tunings):
         whole, some = len(tuning["candidates"]), sum(bool(c["runs"]) for c in tuning["candidates"])
         tried = f"{whole}" if some == whole else f"{some} of {whole}"
         budget = (
@@ -838,7 +865,11 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
     ]
     if budgets:
         told = (f"{', '.join(methods)}: {budget}" for budget, methods in budgets.items())
-        notes.append(f"Budget: {'; '.join(told)}.")
+        notes.append(
+            f"Budget: {'; '.join(told)}. It is up to 4 configurations over the first 3 tasks; over "
+            "all tasks where 3 can't tell, since penalties stiffen, or units or a memory run out, "
+            "with the number of tasks."
+        )
     return Table(
         name="tuning",
         caption="Tuning: every configuration tried",
