@@ -13,6 +13,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
+from benchmarks.best_epoch import BestEpoch
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment, derive
 from benchmarks.resume import Saver
@@ -43,6 +44,8 @@ class Settings:
     """Whether each task starts with a fresh state of the optimizer."""
     batch_size: int | None = None
     """Images in a training batch; None: the experiment's."""
+    early_stopping: bool = False
+    """Whether a task keeps the epoch with the best validation accuracy, not the last one."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", self.lr, "positive")
@@ -148,6 +151,7 @@ class Setup:
         plugins: Sequence[SupervisedPlugin] = (),
         base: type = Naive,
         model: nn.Module | None = None,
+        together: int | None = None,
         **arguments: Any,
     ) -> Any:
         """Return an Avalanche strategy on resident data, with the method's plugins.
@@ -162,10 +166,13 @@ class Setup:
             The class of the strategy.
         model
             The network, on the device; None: `Setup.model`.
+        together
+            How many tasks are learnt at once; None: one after another.
         **arguments
             More for the class of the strategy.
         """
         model = self.model() if model is None else model
+        first = [self._best_epoch(together)] if settings.early_stopping else []
         # A strategy is told by its class where its data come from.
         resident: Any = type(f"Resident{base.__name__}", (ResidentData, base), {})
         strategy = resident(
@@ -176,7 +183,7 @@ class Setup:
             train_epochs=self.epochs(settings),
             eval_mb_size=self.experiment.eval_batch_size,
             device=self.device,
-            plugins=[*plugins, LinearDecay(settings.decay_from), *self.plugins],
+            plugins=[*first, *plugins, LinearDecay(settings.decay_from), *self.plugins],
             evaluator=self.evaluator,
             data_seed=derive(self.seed, "order"),
             precision=self.experiment.precision,
@@ -185,6 +192,11 @@ class Setup:
         )
         strategy.saver = self.saver
         return strategy
+
+    def _best_epoch(self, together: int | None) -> BestEpoch:
+        if "valid" not in self.scenario.streams:
+            raise UserError("early_stopping needs validation images: --validation is above 0.")
+        return BestEpoch(self.scenario.streams["valid"], together)
 
 
 class Learner:
@@ -259,7 +271,8 @@ class Learner:
 
     def validation_accuracy(self) -> list[float]:
         """Return the validation accuracy after each epoch of the running task, if measured."""
-        return []
+        found = (plugin for plugin in self.strategy.plugins if isinstance(plugin, BestEpoch))
+        return [accuracy for plugin in found for accuracy in plugin.accuracies]
 
     def parameters(self) -> dict[str, int]:
         """Return the numbers that are trained, and those needed to go on after all tasks."""

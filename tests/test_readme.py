@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,11 @@ def test_the_method_to_copy_runs_and_resumes(
         for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
         if "class PullPlugin" in block or "class PullSettings" in block
     )
+    pull = types.ModuleType("baselines.pull")
+    exec(plugin, vars(pull))
+    monkeypatch.setitem(sys.modules, pull.__name__, pull)
     # Where its dataclass looks for the types of its fields.
     names = vars(methods) | {"__name__": "benchmarks.methods"}
-    exec(plugin, names)
     exec(entry.replace("\nMethod(", "\nmade = Method("), names)
     made = names["made"]
     monkeypatch.setitem(methods.METHODS, made.name, made)

@@ -59,9 +59,11 @@ def backward_transfer(matrix: npt.NDArray[np.float64]) -> float:
     Returns
     -------
     float
-        In the unit of R, over the tasks that were learnt; NaN with one task, or if the diagonal was
-        not measured.
+        In the unit of R, over the tasks that were learnt; NaN with one task, or if the first was
+        not measured by itself, since then tasks were learnt together.
     """
+    if np.isnan(matrix[0, 0]):
+        return NAN
     return mean_of_learnt((matrix[-1] - np.diag(matrix))[:-1])
 
 
