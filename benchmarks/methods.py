@@ -349,10 +349,8 @@ EWC_QUICKSTART = EWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0
 EWC_CIFAR = EWCSettings(decay_from=1.0, samples=5000)
 EWC_ONLINE_PMNIST = OnlineEWCSettings(epochs=10, samples=10_000)
 EWC_ONLINE_QUICKSTART = OnlineEWCSettings(lr=0.004, epochs=40, decay_from=1.0, strength=300.0)
-EWC_STRENGTHS = {
-    "split_cifar": (10.0, 100.0, 1000.0, 10_000.0),
-    "quickstart": (30.0, 100.0, 300.0, 1000.0),
-}
+EWC_STRENGTHS = (30.0, 100.0, 300.0, 1000.0)
+"""Of the grids on quickstart."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -750,6 +748,9 @@ _CLNP = CLNPSettings(lr=0.002, epochs=60, keep_epoch="latest-within-margin")
 """On permuted MNIST: the paper's learning rate and L1 strengths."""
 _NARROW = ("split_cifar", "split_cifar_reduced")
 _WIDE = ("split_cifar_wide", "split_cifar_wide_reduced")
+_WHOLE = {"pmnist": 10} | dict.fromkeys(_NARROW, 6)
+"""Tasks in the tuning of methods whose tasks disturb or crowd out each other: three can't see that
+a penalty is too stiff for ten, or that units, contexts or a memory run out."""
 _CLNP_WIDE = CLNPSettings(
     margin=0.02,
     l1=(5e-5,),
@@ -839,10 +840,16 @@ METHODS: dict[str, Method[Any]] = {
                     *strengths(SI_DECAY, (0.1, 0.3, 1.0)),
                 ),
                 "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
-                **{name: strengths(SI_CIFAR, (0.001, 0.01, 0.1, 1.0)) for name in _NARROW},
+                **dict.fromkeys(
+                    _NARROW,
+                    (
+                        *strengths(SI_CIFAR, (0.01, 0.1)),  # both are its authors'
+                        *strengths(dataclasses.replace(SI_CIFAR, decay_from=0.7), (0.01, 0.1)),
+                    ),
+                ),
             },
             later=frozenset({"strength"}),
-            tuning_tasks={"pmnist": 10},  # as for ewc
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="joint",
@@ -888,12 +895,17 @@ METHODS: dict[str, Method[Any]] = {
                     *strengths(EWC_SLOW, (100.0, 1000.0)),
                     *strengths(EWC_PMNIST, (100.0, 1000.0)),
                 ),
-                "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS["quickstart"]),
-                **{name: strengths(EWC_CIFAR, EWC_STRENGTHS["split_cifar"]) for name in _NARROW},
+                "quickstart": strengths(EWC_QUICKSTART, EWC_STRENGTHS),
+                **dict.fromkeys(
+                    _NARROW,
+                    (
+                        *strengths(EWC_CIFAR, (100.0, 1000.0)),
+                        *strengths(dataclasses.replace(EWC_CIFAR, decay_from=0.7), (100.0, 1000.0)),
+                    ),
+                ),
             },
             later=frozenset({"strength"}),
-            # Three tasks can't see that a penalty is too stiff for ten.
-            tuning_tasks={"pmnist": 10},
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="ewc_online",
@@ -905,10 +917,10 @@ METHODS: dict[str, Method[Any]] = {
             task_id_at_test=False,
             grid={
                 "pmnist": strengths(EWC_ONLINE_PMNIST, (300.0, 1000.0, 3000.0, 10_000.0)),
-                "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS["quickstart"]),
+                "quickstart": strengths(EWC_ONLINE_QUICKSTART, EWC_STRENGTHS),
             },
             later=frozenset({"strength", "gamma"}),
-            tuning_tasks={"pmnist": 10},  # as for ewc
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="superposition",
@@ -920,7 +932,7 @@ METHODS: dict[str, Method[Any]] = {
             },
             task_id_at_test=True,
             grid={"pmnist": SUPERPOSITION_GRID},
-            tuning_tasks={"pmnist": 10},  # three can't see how much ten disturb each other
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="hat",
@@ -939,7 +951,7 @@ METHODS: dict[str, Method[Any]] = {
                     HATSettings(epochs=40, smax=100.0, embedding_lr=0.01, lamb=0.25),
                 ),
             },
-            tuning_tasks={"pmnist": 10},  # three can't see that units run out
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="packnet",
@@ -957,7 +969,7 @@ METHODS: dict[str, Method[Any]] = {
                     dataclasses.replace(PACKNET_PMNIST, prune=0.75),  # its authors'
                 ),
             },
-            tuning_tasks={"pmnist": 10},  # a task's share depends on how many there are
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="lwf",
@@ -975,7 +987,7 @@ METHODS: dict[str, Method[Any]] = {
                 ),
             },
             later=frozenset({"strength"}),
-            tuning_tasks={"pmnist": 10},  # as for ewc
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="er",
@@ -991,7 +1003,7 @@ METHODS: dict[str, Method[Any]] = {
                     ERSettings(epochs=3),
                 ),
             },
-            tuning_tasks={"pmnist": 10},  # the memory holds fewer images of each task then
+            tuning_tasks=_WHOLE,
         ),
     )
 }
