@@ -239,12 +239,55 @@ def test_figure_of_final_accuracies_has_the_numbers_and_no_unlearnt_task() -> No
     assert alone.task.tolist() == list(range(1, 12))
     assert set(alone.accuracy) == {70.5}
     assert alone.sd.to_numpy() == pytest.approx(2**-0.5)
+    assert not frame["depleted"].any()
     # A task that one seed lacks is the mean of the others.
     cells[0] = cell("clnp_m2", [*TEN[:9], NAN, NAN])
     tenth = tables.final_frame(cells, "test").query("method == 'clnp_m2' and task == 10")
     assert (tenth.accuracy.tolist(), tenth.n.tolist()) == ([75.0], [1])
     picture = figures.final(frame, "fig5a", "caption", "test")
     assert picture.pdf.startswith(b"%PDF")
+
+
+def test_a_task_that_finds_no_free_unit_is_marked() -> None:
+    full = [cell("clnp_m1", SI, FULL, s) for s in range(2)]
+    last = {**FULL, "fc": [0.4, 0.7, 0.9, 0.95, 1.0, 1.0]}
+    frame = tables.final_frame(full, "validation")
+    assert frame["depleted"].tolist() == [False] * 4 + [True] * 2  # full after the fourth task
+    frame = tables.final_frame([full[0], cell("clnp_m1", SI, last, 1)], "validation")
+    assert frame["depleted"].tolist() == [False] * 5 + [True]
+    # Of a single head: the eleventh task could not be learnt, and has no row.
+    rows = tables.final_frame([cell("clnp_m2", [*TEN, NAN], GROWN)], "test")
+    assert rows["depleted"].tolist() == [False] * 10
+    assert figures.final(frame, "fig4a", "", "validation").png != (
+        figures.final(frame.assign(depleted=False), "fig4a", "", "validation").png
+    )
+
+
+@pytest.mark.parametrize("experiment", ["split_cifar_reduced", "split_cifar_wide_reduced"])
+def test_a_reduced_run_is_marked_in_its_pictures(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [cell("clnp_m1", SI, FULL), cell("clnp_m2", SI, ROOM)]
+    monkeypatch.setattr(load, "cells", lambda *_, **__: (made, []))
+
+    def drawn(target: dict[str, Any]) -> dict[str, bytes]:
+        pictures = page.section(tmp_path, experiment, target, tmp_path).pictures
+        return {picture.name: picture.png for picture in pictures}
+
+    target = TARGETS[experiment]
+    marked, plain = drawn(target), drawn({k: v for k, v in target.items() if k != "mark"})
+    for name in (target["final"]["file"], target["use"]["file"]):
+        assert marked[name] != plain[name]
+
+
+@pytest.mark.parametrize("trained", [80.0, 78.5])
+def test_a_cut_that_could_only_take_dead_units_is_remarked(trained: float) -> None:
+    cuts = pd.DataFrame(
+        [(0, 80.0, trained, trained)], columns=["task", "best", "trained", "pruned"]
+    )
+    made = cell("clnp_m1", SI, FULL, cuts=cuts, settings='{"method": {"margin": 0.01}}')
+    told = [note for note in load._remarks([made]) if "dead units" in note]
+    assert bool(told) is (trained < 79)
 
 
 @pytest.mark.parametrize("experiment", ["split_cifar", "split_cifar_wide"])

@@ -85,7 +85,11 @@ def _task_axis(axes: Axes, tasks: int) -> None:
 
 
 def use(
-    frame: pd.DataFrame, name: str, caption: str, paper: Sequence[float] | None = None
+    frame: pd.DataFrame,
+    name: str,
+    caption: str,
+    paper: Sequence[float] | None = None,
+    mark: str = "",
 ) -> Picture:
     """Draw the use of each hidden layer after each task, as in the paper's Fig. 3.
 
@@ -97,6 +101,8 @@ def use(
         Of the figure.
     paper
         Shares (%) after the last task that the paper's text gives, one a layer.
+    mark
+        Written above the picture, which may be taken out of its report.
     """
     layers = list(dict.fromkeys(frame["layer"]))
     tasks = sorted(set(frame["task"]))
@@ -132,6 +138,7 @@ def use(
         axes.grid(False, axis="x")
         axes.set_ylabel("Used layer capacity (%)")
         axes.set_ylim(0, None)
+        axes.set_title(mark)
         figure.legend(
             *_tasks_first(*axes.get_legend_handles_labels()),
             title="After task",
@@ -376,8 +383,10 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         return _picture(name, caption, frame, figure)
 
 
-def final(frame: pd.DataFrame, name: str, caption: str, part: str) -> Picture:
+def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "") -> Picture:
     """Draw the accuracy on each task after the last one, as in the paper's Fig. 4a and 5a.
+
+    Hollow markers: the task found the network depleted.
 
     Parameters
     ----------
@@ -387,6 +396,8 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str) -> Picture:
         Of the figure.
     part
         "validation" or "test".
+    mark
+        As of `use`.
     """
     methods = sorted(set(frame["method"]), key=rank)
     tasks = int(frame["task"].max())
@@ -408,8 +419,19 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str) -> Picture:
                 elinewidth=0.8,
                 label=label(method),
             )
+            hollow = mine[mine["depleted"]]
+            axes.plot(
+                hollow["task"] + shift,
+                hollow["accuracy"],
+                color=colour,
+                marker=marker,
+                markerfacecolor="white",
+                linestyle="none",
+                zorder=3,
+            )
         axes.set_xlabel("Task")
         axes.set_ylabel(f"{part.capitalize()} accuracy (%)")
+        axes.set_title(mark)
         _task_axis(axes, tasks)
         axes.grid(False, axis="x")
         figure.legend(loc="outside right center", frameon=False)

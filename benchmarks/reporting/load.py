@@ -78,7 +78,8 @@ class Cell:
     validation: npt.NDArray[np.float64]
     """Likewise, on validation data."""
     cuts: pd.DataFrame
-    """Columns task (from 0), best, pruned: validation accuracy (%) before and after the cut."""
+    """Columns task (from 0), best, trained, pruned: validation accuracy (%) of the best epoch, of
+    the trained network, and after the cut."""
     capacity: pd.DataFrame
     """Columns task, layer, used, new, reused, free, used_fraction; no rows without capacity."""
     sufficiency: pd.DataFrame
@@ -134,11 +135,16 @@ def decode(record: dict[str, Any]) -> Cell:
         validation=100 * np.array(record["accuracy"]["validation"], dtype=np.float64),
         cuts=pd.DataFrame(
             [
-                (task, 100 * entry["best_validation"], 100 * entry["pruned_validation"])
+                (
+                    task,
+                    100 * entry["best_validation"],
+                    100 * entry.get("trained_validation", entry["best_validation"]),
+                    100 * entry["pruned_validation"],
+                )
                 for task, entry in enumerate(record.get("history", []))
                 if "pruned_validation" in entry
             ],
-            columns=["task", "best", "pruned"],
+            columns=["task", "best", "trained", "pruned"],
         ),
         capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
         sufficiency=pd.DataFrame(
@@ -265,6 +271,16 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
             notes.append(
                 f"{cell.name}: task{'s' if len(missing) > 1 else ''} {', '.join(missing)} not "
                 "learnt; its means are over the others."
+            )
+    for cell in kept:
+        margin = 100 * (json.loads(cell.settings)["method"].get("margin") or 0)
+        cuts = cell.cuts
+        below = cuts.loc[cuts["trained"] < cuts["best"] - margin - ROUNDING, "task"]
+        if len(below):
+            notes.append(
+                f"{cell.name}: after task{'s' if len(below) > 1 else ''} "
+                f"{', '.join(str(task + 1) for task in below)} the network was more than m below "
+                "its best epoch, so that none but dead units were cut."
             )
     for cell in kept:
         over = cell.ablation[cell.ablation["drop"] > cell.ablation["margin"] + ROUNDING]

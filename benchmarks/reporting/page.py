@@ -105,7 +105,7 @@ def _custom_note(records_dir: Path, experiment: str, cell: load.Cell) -> str:
 
 def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
     groups = tables.by_method(cells)
-    note = tables.seeds_note(cells)
+    note, mark = tables.seeds_note(cells), (target or {}).get("mark", "")
     pictures = [
         figures.over_tasks(
             tables.over_tasks_frame(cells),
@@ -118,8 +118,10 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
             figures.final(
                 tables.final_frame(cells, of_tasks["part"]),
                 of_tasks["file"],
-                f"{of_tasks['caption']}; means over seeds and their deviations. {note}",
+                f"{of_tasks['caption']}; means over seeds and their deviations. Hollow: no "
+                f"unit was free in the last hidden layer when the task came. {note}",
                 of_tasks["part"],
+                mark,
             )
         )
     use = tables.use_frame(cells)
@@ -136,6 +138,7 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
                 f"{label(method)}: {caption}. {tables.seeds_note(groups[method])}"
                 + (" Dashed: what the paper's text says of the end." if shares else ""),
                 shares,
+                mark,
             )
         )
     diagnoses: tuple[tuple[str, Callable[..., Picture], pd.DataFrame, str], ...] = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.experiment import canonical
@@ -300,17 +301,29 @@ def final_frame(cells: Sequence[Cell], part: str) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns method, task (from 1), accuracy: mean over the seeds that have learnt the task, and
-        sd, both in %, and n, their number; no row where it is 0.
+        sd, both in %, n, their number, and depleted: whether no seed had a free unit in the last
+        hidden layer when the task came; no row where n is 0.
     """
     rows = []
     for method, mine in by_method(cells).items():
+        empty = np.all([_depleted(cell) for cell in mine], axis=0)
         final = np.array([getattr(cell, part)[-1] for cell in mine])
         for task in range(final.shape[1]):
             values = final[np.isfinite(final[:, task]), task]
             if len(values):
                 sd = values.std(ddof=1) if len(values) > 1 else np.nan
-                rows.append((method, task + 1, values.mean(), sd, len(values)))
-    return pd.DataFrame(rows, columns=["method", "task", "accuracy", "sd", "n"])
+                rows.append((method, task + 1, values.mean(), sd, len(values), bool(empty[task])))
+    return pd.DataFrame(rows, columns=["method", "task", "accuracy", "sd", "n", "depleted"])
+
+
+def _depleted(cell: Cell) -> npt.NDArray[np.bool_]:
+    """Return for each task whether the last hidden layer had no free unit when it came."""
+    found = np.zeros(len(cell.test), dtype=bool)
+    if len(cell.capacity):
+        last = cell.capacity[cell.capacity["layer"] == cell.capacity["layer"].iloc[-1]]
+        free = last.set_index("task")["free"].reindex(range(len(found) - 1)).ffill()
+        found[1:] = free == 0
+    return found
 
 
 def use_frame(cells: Sequence[Cell]) -> pd.DataFrame:
