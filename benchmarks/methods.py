@@ -252,7 +252,7 @@ def _si(setup: Setup, settings: SISettings) -> Learner:
 
 SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False, strength=0.3)
 SI_DECAY = dataclasses.replace(SI_PMNIST, decay_from=0.7)
-SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=10.0)
+SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=3.0)
 SI_CIFAR = SISettings(decay_from=1.0, strength=0.01, xi=0.001)
 
 
