@@ -47,7 +47,7 @@ def trained(
     record = cells.run(cell, images, torch.device("cpu"), folder, git, lambda event: None)
     test = record["accuracy"].pop("test")
     state = load_state(folder / STATE, cell.hash)
-    return test, canonical(timeless(json.loads(json.dumps(record)))), state["learner"]
+    return test, canonical(timeless(json.loads(json.dumps(record)))), timeless(state["learner"])
 
 
 def same(one: Any, other: Any) -> bool:
@@ -79,6 +79,30 @@ def differences(method: Method[Any], tmp_path: Path) -> set[str]:
 )
 def test_labels_of_test_images_change_the_test_accuracy_alone(method: str, tmp_path: Path) -> None:
     assert differences(METHODS[method], tmp_path) == {"test accuracy"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep_epoch": "latest-within-margin", "epochs": 3},
+        {"grid_l1": ((1e-4,), (1e-3,)), "grid_lr": (0.002, 0.004), "grid_tasks": "each"},
+        {"finetune_epochs": 1, "margin": 0.05},
+    ],
+    ids=["kept epoch", "grid", "fine-tuning"],
+)
+def test_nor_what_clnp_chooses_in_a_task(changes: dict[str, Any], tmp_path: Path) -> None:
+    clnp = METHODS["clnp"]
+    settings = dataclasses.replace(clnp.settings["quickstart"], **changes)
+    method = dataclasses.replace(clnp, settings={"quickstart": settings})
+    assert differences(method, tmp_path) == {"test accuracy"}
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint"])
+def test_nor_which_epoch_is_kept(method: str, tmp_path: Path) -> None:
+    found = METHODS[method]
+    settings = dataclasses.replace(found.settings["quickstart"], early_stopping=True, epochs=3)
+    made = dataclasses.replace(found, settings={"quickstart": settings})
+    assert differences(made, tmp_path) == {"test accuracy"}
 
 
 class Cheat(Learner):

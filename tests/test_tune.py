@@ -441,6 +441,22 @@ def test_a_grid_is_small_and_without_repetition(method: str) -> None:
         assert {type(settings) for settings in grid} == {type(METHODS[method].settings[preset])}
 
 
+def steps_a_task(settings: Settings) -> int:
+    """Of training on permuted MNIST: 50,000 images."""
+    experiment = PermutedMNIST()
+    batches = -(-50_000 // (settings.batch_size or experiment.batch_size))
+    return (settings.epochs or experiment.epochs) * batches
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_trains_longer_than_clnp(method: str) -> None:
+    most = steps_a_task(METHODS["clnp"].settings["pmnist"])
+    found = METHODS[method]
+    own = [found.settings["pmnist"]] if "pmnist" in found.settings else []
+    for settings in (*own, *found.grid.get("pmnist", ())):
+        assert steps_a_task(settings) <= most == 11_760
+
+
 @pytest.mark.parametrize("preset", ["pmnist", "quickstart"])
 def test_finetune_has_the_settings_of_single_task(preset: str) -> None:
     assert METHODS["finetune"].settings[preset] == METHODS["single_task"].settings[preset]
