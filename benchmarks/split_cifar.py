@@ -110,8 +110,8 @@ class SplitCIFARReduced(SplitCIFAR):
 class SplitCIFARWide(SplitImages):
     """The paper's Fig. 5: a wide convolutional network with a single head learns until it is full.
 
-    Expected: ten tasks are learnt; then the last hidden layer has no free channel.
-    Cost: for a GPU.
+    Expected: ten tasks are learnt; then the last hidden layer has no free channel. The paper's Fig.
+    5a has no numbers in the text. Cost: for a GPU, on which it has not been measured yet.
 
         nox -s split_cifar_wide -- --methods clnp_m2 --seeds 0
     """
