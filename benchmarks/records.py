@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,9 @@ def check_writable(folder: Path) -> None:
     UserError
         If the folder cannot be made or written to.
     """
-    probe = folder / f".probe-{os.getpid()}"
-    write_atomically(probe, b"")
-    probe.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # without a name, so that no kill leaves it behind
+            pass
+    except OSError as error:
+        raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from error
