@@ -34,7 +34,7 @@ def poisoned(images: Images) -> Images:
 def timeless(value: Any) -> Any:
     """Leave out times, which no two runs share, however deep they lie."""
     if isinstance(value, dict):
-        return {key: timeless(v) for key, v in value.items() if not key.endswith("seconds")}
+        return {key: timeless(v) for key, v in value.items() if not str(key).endswith("seconds")}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
