@@ -250,8 +250,7 @@ def _si(setup: Setup, settings: SISettings) -> Learner:
     return Learner(setup.strategy(settings, [plugin]), settings, plugin)
 
 
-SI_PMNIST = SISettings(epochs=20, decay_from=1.0, reset_optimizer=False, strength=0.3)
-SI_DECAY = dataclasses.replace(SI_PMNIST, decay_from=0.7)
+SI_PMNIST = SISettings(epochs=20, reset_optimizer=False, strength=0.1)
 SI_QUICKSTART = SISettings(lr=0.004, epochs=40, strength=3.0)
 SI_CIFAR = SISettings(decay_from=1.0, strength=0.01, xi=0.001)
 
@@ -570,6 +569,9 @@ def _hat(setup: Setup, settings: HATSettings) -> Learner:
     return HATLearner(strategy, settings, plugin)
 
 
+HAT_PMNIST = HATSettings(epochs=25, smax=100.0, embedding_lr=0.01, lamb=0.25)
+
+
 # ---------------------------------------------------------------------------------------------
 # packnet, lwf, er
 # ---------------------------------------------------------------------------------------------
@@ -840,8 +842,8 @@ METHODS: dict[str, Method[Any]] = {
             task_id_at_test=False,
             grid={
                 "pmnist": (
-                    dataclasses.replace(SI_PMNIST, strength=0.1),  # its authors'
-                    *strengths(SI_DECAY, (0.1, 0.3, 1.0)),
+                    dataclasses.replace(SI_PMNIST, decay_from=1.0),  # its authors'
+                    *strengths(SI_PMNIST, (0.1, 0.3, 1.0)),
                 ),
                 "quickstart": strengths(SI_QUICKSTART, (0.3, 1.0, 3.0, 10.0)),
                 **dict.fromkeys(
@@ -942,7 +944,7 @@ METHODS: dict[str, Method[Any]] = {
             name="hat",
             build=_hat,
             settings={
-                "pmnist": HATSettings(epochs=25),
+                "pmnist": HAT_PMNIST,
                 "quickstart": HATSettings(lr=0.004, epochs=40),
                 **{name: HATSettings(smax=100.0, embedding_lr=0.01) for name in _NARROW},
             },
@@ -951,8 +953,8 @@ METHODS: dict[str, Method[Any]] = {
                 "pmnist": (
                     HATSettings(epochs=25),  # smax and lamb of the authors
                     HATSettings(epochs=25, embedding_lr=0.01),
-                    HATSettings(epochs=25, smax=100.0, embedding_lr=0.01, lamb=0.25),
-                    HATSettings(epochs=40, smax=100.0, embedding_lr=0.01, lamb=0.25),
+                    HAT_PMNIST,
+                    dataclasses.replace(HAT_PMNIST, epochs=40),
                 ),
             },
             tuning_tasks=_WHOLE,
