@@ -143,6 +143,7 @@ class SplitCIFARWideReduced(SplitCIFARWide):
 
     preset: ClassVar[str] = "split_cifar_wide_reduced"
 
-    epochs: int = 15
+    epochs: int = 30
+    batch_size: int = 64
     images: int | None = 5000
     shrink: int = 8
