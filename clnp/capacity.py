@@ -32,6 +32,23 @@ class Sufficiency:
     new_only: float
 
 
+def _rows_of_task(
+    modules: Mapping[str, nn.Module],
+    layout: Layout,
+    layer: str,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+) -> Tensor:
+    """The rows of a layer's weight that a task has trained (of the head: all), not copied."""
+    weight = modules[layer]._parameters["weight"]
+    assert weight is not None
+    if layer == layout.head:
+        return weight.detach()
+    (span,) = layout.rows[layer]
+    name = str(span.group)
+    return weight.detach()[before[name] * span.block : after[name] * span.block]
+
+
 @torch.no_grad()
 def reused(
     modules: Mapping[str, nn.Module],
@@ -71,13 +88,7 @@ def reused(
     for group in layout.groups:
         amount = torch.zeros(group.width, dtype=torch.float64)
         for part in group.readers:
-            weight = modules[part.layer]._parameters["weight"]
-            assert weight is not None
-            rows = weight.detach()
-            if part.layer != layout.head:
-                (span,) = layout.rows[part.layer]
-                name = str(span.group)
-                rows = rows[before[name] * span.block : after[name] * span.block]
+            rows = _rows_of_task(modules, layout, part.layer, before, after)
             columns = rows.narrow(1, part.first, group.width * part.block)
             read = columns.abs().transpose(0, 1).flatten(1).double().sum(1)
             read = read.view(group.width, part.block).sum(1).cpu()
@@ -125,15 +136,9 @@ def ablated(
             for group in layout.groups:
                 cut = (~kept[group.name]).nonzero().flatten()
                 for part in group.readers:
-                    weight = modules[part.layer]._parameters["weight"]
-                    assert weight is not None
-                    rows, units = weight.detach(), cut
-                    if part.layer == layout.head:
-                        units = cut[cut >= head_start[group.name]]
-                    else:
-                        (span,) = layout.rows[part.layer]
-                        name = str(span.group)
-                        rows = rows[before[name] * span.block : after[name] * span.block]
+                    rows = _rows_of_task(modules, layout, part.layer, before, after)
+                    head = part.layer == layout.head
+                    units = cut[cut >= head_start[group.name]] if head else cut
                     channels = units[:, None] * part.block + torch.arange(part.block)
                     columns = (part.first + channels.flatten()).to(rows.device)
                     changed.append((rows, columns, rows.index_select(1, columns)))
