@@ -735,6 +735,22 @@ def test_readme_table_is_replaced_and_stays(tmp_path: Path) -> None:
     assert readme.read_text(encoding="utf-8") == once
 
 
+def test_readme_takes_any_table_of_the_report_by_name(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:pmnist/capacity -->\nold\n<!-- /table -->\nend\n")
+    page.update_readme(readme, RECORDS)
+    once = readme.read_text(encoding="utf-8")
+    assert "| used, % |" in once
+    assert "\nold\n" not in once
+    assert once.endswith("<!-- /table -->\nend\n")
+    page.update_readme(readme, RECORDS)
+    assert readme.read_text(encoding="utf-8") == once
+    readme.write_text("<!-- table:pmnist/capacities -->\nold\n<!-- /table -->\n")
+    with pytest.raises(UserError, match=r"no table 'capacities'; there are: table1, .*capacity"):
+        page.update_readme(readme, RECORDS)
+    assert "old" in readme.read_text(encoding="utf-8")
+
+
 def test_readme_without_markers_is_an_error(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# A\n")

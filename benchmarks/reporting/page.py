@@ -18,7 +18,9 @@ from benchmarks.reporting.load import Cell, Targets, label
 from benchmarks.reporting.tables import Table
 
 REPORTS = Path(__file__).parents[2] / "reports"
-MARKERS = re.compile(r"(<!-- table:(?P<experiment>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKERS = re.compile(
+    r"(<!-- table:(?P<experiment>[\w-]+)(?:/(?P<table>\w+))? -->\n).*?<!-- /table -->", re.DOTALL
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,14 +328,44 @@ def readme_table(
     return tables.markdown(shown[keep]) + "\n" + tables.seeds_note(cells) + "\n"
 
 
-def update_readme(path: Path, records_dir: Path, targets_dir: Path = REPORTS / "targets") -> None:
-    """Replace what stands between ``<!-- table:EXPERIMENT -->`` and ``<!-- /table -->``.
+def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path) -> str:
+    """Return one of the report's other tables of an experiment as Markdown, with its seeds.
 
     Raises
     ------
     UserError
-        If the file has no such markers, or cannot be read or written.
+        If the report has no table of that name.
     """
+    target = load.targets(targets_dir).get(experiment)
+    whole = section(records_dir, experiment, target, REPORTS / "tuning")
+    found = {table.name: table for table in (*whole.headline, *whole.details)}
+    if name not in found:
+        have = ", ".join(found) or "none"
+        raise UserError(f"{experiment} has no table {name!r}; there are: {have}.")
+    cells, _ = load.cells(records_dir, experiment, paper=target is not None)
+    return tables.markdown(found[name].text) + "\n" + tables.seeds_note(cells) + "\n"
+
+
+def update_readme(path: Path, records_dir: Path, targets_dir: Path = REPORTS / "targets") -> None:
+    """Replace what stands between ``<!-- table:EXPERIMENT -->`` and ``<!-- /table -->``.
+
+    ``<!-- table:EXPERIMENT/NAME -->`` asks for another table than the main one.
+
+    Raises
+    ------
+    UserError
+        If the file has no such markers, a table isn't there, or the file cannot be read or written.
+    """
+
+    def filled(found: re.Match[str]) -> str:
+        experiment, name = found["experiment"], found["table"]
+        text = (
+            named_table(records_dir, experiment, name, targets_dir)
+            if name
+            else readme_table(records_dir, experiment, targets_dir)
+        )
+        return found[1] + text + "<!-- /table -->"
+
     try:
         old = path.read_text(encoding="utf-8")
         if not MARKERS.search(old):
@@ -341,9 +373,7 @@ def update_readme(path: Path, records_dir: Path, targets_dir: Path = REPORTS / "
                 f"{path} has no table to fill: put the lines <!-- table:pmnist --> and "
                 "<!-- /table --> where it belongs."
             )
-        new = MARKERS.sub(
-            lambda m: m[1] + readme_table(records_dir, m["experiment"], targets_dir) + m[3], old
-        )
+        new = MARKERS.sub(filled, old)
         if new != old:
             path.write_text(new, encoding="utf-8", newline="\n")
     except OSError as error:
