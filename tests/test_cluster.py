@@ -43,14 +43,17 @@ def run(
 
 
 def records_of(folder: Path) -> dict[str, Any]:
-    """Return all records by name, without times and their checksum."""
+    """Return all records by name, without times, their checksum and the state of the checkout.
+
+    Somebody may be working in it.
+    """
     found = {}
     for path in (folder / "records").rglob("*.json"):
         record = json.loads(path.read_text())
         rows = [
             {k: v for k, v in row.items() if not k.endswith("_seconds")} for row in record["search"]
         ]
-        kept = {k: v for k, v in record.items() if k not in ("seconds", "checksum")}
+        kept = {k: v for k, v in record.items() if k not in ("seconds", "checksum", "git")}
         found[f"{path.parent.name}/{path.name}"] = kept | {"search": rows}
     return found
 

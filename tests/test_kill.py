@@ -71,10 +71,13 @@ def finish(method: str, folder: Path) -> None:
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """Return the one record, without times and their checksum."""
+    """Return the one record, without times, their checksum and the state of the checkout.
+
+    Somebody may be working in it.
+    """
     (path,) = (folder / "records").rglob("*.json")
     record: dict[str, Any] = json.loads(path.read_text())
-    return {key: value for key, value in record.items() if key not in ("seconds", "checksum")}
+    return {k: v for k, v in record.items() if k not in ("seconds", "checksum", "git")}
 
 
 def begun(folder: Path) -> int:
@@ -112,7 +115,10 @@ def test_what_is_killed_ends_as_if_it_had_not_been(
             time.sleep(random.uniform(0, lasts[method]))
             os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
-            killed += os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+            if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
+                killed += 1
+            else:  # it has ended before: the machine was busier when the time was taken
+                lasts[method] *= 0.8
             saved += bool(list(folder.rglob("training.pt")))
         finish(method, folder)
         assert record_of(folder) == whole[method], f"{method}, moment {moment}"
