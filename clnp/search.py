@@ -306,11 +306,7 @@ def _copied(strategy: Any, experience: Any) -> Any:
     memo[id(strategy.evaluator.loggers)] = []
     try:
         copied = copy.deepcopy(strategy, memo)
-    except (
-        TypeError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # what deepcopy and tensors raise
+    except (TypeError, RuntimeError) as error:  # what deepcopy and tensors raise
         raise Incompatible(
             f"candidates train in copies of the strategy, and it can't be copied ({error}); give "
             "the class of the plugin, model or metric that can't a __deepcopy__"

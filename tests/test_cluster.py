@@ -43,17 +43,14 @@ def run(
 
 
 def records_of(folder: Path) -> dict[str, Any]:
-    """Return all records by name, without times, their checksum and the state of the checkout.
-
-    Somebody may be working in it.
-    """
+    """Return all records by name, without times and their checksum."""
     found = {}
     for path in (folder / "records").rglob("*.json"):
         record = json.loads(path.read_text())
         rows = [
             {k: v for k, v in row.items() if not k.endswith("_seconds")} for row in record["search"]
         ]
-        kept = {k: v for k, v in record.items() if k not in ("seconds", "checksum", "git")}
+        kept = {k: v for k, v in record.items() if k not in ("seconds", "checksum")}
         found[f"{path.parent.name}/{path.name}"] = kept | {"search": rows}
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -71,13 +72,10 @@ def finish(method: str, folder: Path) -> None:
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """Return the one record, without times, their checksum and the state of the checkout.
-
-    Somebody may be working in it.
-    """
+    """Return the one record, without times and their checksum."""
     (path,) = (folder / "records").rglob("*.json")
     record: dict[str, Any] = json.loads(path.read_text())
-    return {k: v for k, v in record.items() if k not in ("seconds", "checksum", "git")}
+    return {key: value for key, value in record.items() if key not in ("seconds", "checksum")}
 
 
 def begun(folder: Path) -> int:
@@ -93,6 +91,28 @@ def wait_for_training(process: int, folder: Path, times: int) -> None:
         time.sleep(0.001)
 
 
+def length(folder: Path) -> float:
+    """Return the seconds that the cell's training took."""
+    (log,) = folder.rglob("log.jsonl")
+    times = [json.loads(line)["time"] for line in log.read_text().splitlines()]
+    return float(times[-1] - times[0])
+
+
+def killed_at_random(method: str, folder: Path, starts: int | None, last: float) -> bool:
+    """Start the cell, kill it after a random part of `last`; tell whether it had not ended.
+
+    The time counts from when the cell begins to train for that many times, or (None) from when its
+    process starts.
+    """
+    process = start(method, folder)
+    if starts is not None:
+        wait_for_training(process, folder, starts)
+    time.sleep(random.uniform(0, last))
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
 def test_what_is_killed_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,25 +120,20 @@ def test_what_is_killed_ends_as_if_it_had_not_been(
     whole, lasts = {}, {}
     for method in KILLED:
         finish(method, tmp_path / method)
-        (log,) = (tmp_path / method).rglob("log.jsonl")
-        times = [json.loads(line)["time"] for line in log.read_text().splitlines()]
-        lasts[method] = times[-1] - times[0]
+        lasts[method] = length(tmp_path / method)
         whole[method] = record_of(tmp_path / method)
     killed = saved = 0
     for moment in range(MOMENTS):
         method = KILLED[moment % len(KILLED)]
         folder = tmp_path / str(moment)
         for again in range(1 + moment % 2):  # every other one is killed again as it goes on
-            process = start(method, folder)
-            if moment % 5:  # else while it starts, too
-                wait_for_training(process, folder, 1 + again)
-            time.sleep(random.uniform(0, lasts[method]))
-            os.kill(process, signal.SIGKILL)
-            _, status = os.waitpid(process, 0)
-            if os.waitstatus_to_exitcode(status) == -signal.SIGKILL:
-                killed += 1
-            else:  # it has ended before: the machine was busier when the time was taken
-                lasts[method] *= 0.8
+            starts = 1 + again if moment % 5 else None
+            caught = killed_at_random(method, folder, starts, lasts[method])
+            if not caught and not again:  # the machine was busier when the length was taken
+                lasts[method] = length(folder)
+                shutil.rmtree(folder)
+                caught = killed_at_random(method, folder, starts, lasts[method])
+            killed += caught
             saved += bool(list(folder.rglob("training.pt")))
         finish(method, folder)
         assert record_of(folder) == whole[method], f"{method}, moment {moment}"

@@ -53,14 +53,38 @@ def section(
     tuning_dir
         Folder of the results of the methods' grids.
     """
-    beside = target if target and "table" in target else None
     cells, notes = load.cells(records_dir, experiment, paper=target is not None)
     tunings, remarks = load.tunings(tuning_dir, experiment)
     notes += remarks
     custom = load.is_custom(experiment)
+    headline, details = _tables(records_dir, experiment, target, cells, tunings)
+    pictures = _pictures(cells, target) if cells else []
+    if not cells:
+        notes.append(f"No usable record of {experiment} yet.")
+    elif custom and (note := _custom_note(records_dir, experiment, cells[0])):
+        notes.insert(0, note)
+    return Section(
+        experiment=experiment,
+        title=target["title"] if target else experiment,
+        custom=custom,
+        headline=tuple(headline),
+        details=tuple(details),
+        pictures=tuple(pictures),
+        notes=tuple(notes),
+    )
+
+
+def _tables(
+    records_dir: Path,
+    experiment: str,
+    target: Targets | None,
+    cells: Sequence[Cell],
+    tunings: Sequence[load.Tuning],
+) -> tuple[list[Table], list[Table]]:
+    """Return the tables of one experiment: the headline's, and the details'."""
+    beside = target if target and "table" in target else None
     headline: list[Table] = []
     details: list[Table | None] = []
-    pictures: list[Picture] = []
     if cells or beside:
         headline.append(tables.main_table(cells, beside, tunings))
     if target and "claims" in target:
@@ -75,24 +99,11 @@ def section(
             tables.search_table(cells),
             tables.seeds_table(cells),
         ]
-        pictures = _pictures(cells, target)
-        if custom and (note := _custom_note(records_dir, experiment, cells[0])):
-            notes.insert(0, note)
-    else:
-        notes.append(f"No usable record of {experiment} yet.")
     if tunings:
         tuned = {tuning["method"] for tuning in tunings}
         untuned = [method for method in tables.by_method(cells) if method not in tuned]
         details.append(tables.tuning_table(tunings, untuned))
-    return Section(
-        experiment=experiment,
-        title=target["title"] if target else experiment,
-        custom=custom,
-        headline=tuple(headline),
-        details=tuple(table for table in details if table is not None),
-        pictures=tuple(pictures),
-        notes=tuple(notes),
-    )
+    return headline, [table for table in details if table is not None]
 
 
 def _custom_note(records_dir: Path, experiment: str, cell: load.Cell) -> str:
@@ -337,12 +348,13 @@ def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path
         If the report has no table of that name.
     """
     target = load.targets(targets_dir).get(experiment)
-    whole = section(records_dir, experiment, target, REPORTS / "tuning")
-    found = {table.name: table for table in (*whole.headline, *whole.details)}
+    cells, _ = load.cells(records_dir, experiment, paper=target is not None)
+    tunings, _ = load.tunings(REPORTS / "tuning", experiment)
+    headline, details = _tables(records_dir, experiment, target, cells, tunings)
+    found = {table.name: table for table in (*headline, *details)}
     if name not in found:
         have = ", ".join(found) or "none"
         raise UserError(f"{experiment} has no table {name!r}; there are: {have}.")
-    cells, _ = load.cells(records_dir, experiment, paper=target is not None)
     return tables.markdown(found[name].text) + "\n" + tables.seeds_note(cells) + "\n"
 
 
