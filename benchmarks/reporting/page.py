@@ -12,6 +12,7 @@ import jinja2
 import pandas as pd
 
 from benchmarks.errors import UserError
+from benchmarks.records import Tuning
 from benchmarks.reporting import claims, figures, load, tables
 from benchmarks.reporting.figures import Picture
 from benchmarks.reporting.load import Cell, Targets, label
@@ -79,7 +80,7 @@ def _tables(
     experiment: str,
     target: Targets | None,
     cells: Sequence[Cell],
-    tunings: Sequence[load.Tuning],
+    tunings: Sequence[Tuning],
 ) -> tuple[list[Table], list[Table]]:
     """Return the tables of one experiment: the headline's, and the details'."""
     beside = target if target and "table" in target else None
