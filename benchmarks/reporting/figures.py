@@ -342,16 +342,20 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         Of the figure.
     """
     best = frame["learnt_tasks"].max()
-    panels = (
+    lowest = frame.groupby("method")["learnt_tasks"].min()
+    panels: list[tuple[str, str, tuple[float, float] | None]] = [
         ("learnt_tasks", "Mean over tasks learnt so far", None),
-        ("learnt_tasks", "The same, close up", (best - CLOSE_UP, best + 0.1 * CLOSE_UP)),
         ("first_task", "Task 1 alone", None),
-    )
+    ]
+    if lowest.min() < best - 3 * CLOSE_UP and lowest.max() >= best - CLOSE_UP:
+        # Some methods lie so far below that others can't be told apart.
+        close = (best - CLOSE_UP, best + 0.1 * CLOSE_UP)
+        panels.insert(1, ("learnt_tasks", "The same, close up", close))
     methods = sorted(set(frame["method"]), key=rank)
     tasks = int(frame["after_task"].max())
     with _theme():
         figure = Figure(figsize=(PAGE, 2.6), layout="constrained")
-        all_axes: Any = figure.subplots(1, 3)
+        all_axes: Any = figure.subplots(1, len(panels))
         for axes, (column, title, limits) in zip(all_axes, panels, strict=True):
             for method in methods:
                 colour, marker = style(method)
