@@ -9,8 +9,78 @@ from __future__ import annotations
 
 from typing import Any
 
-from avalanche.models.packnet import PackNetModel, WeightAndBiasPackNetModule
+from avalanche.models.packnet import PackNetModel as StockPackNetModel
 from avalanche.models.packnet import PackNetPlugin as StockPackNetPlugin
+from avalanche.models.packnet import WeightAndBiasPackNetModule
+from torch import Tensor, nn
+
+
+class PackNetModel(StockPackNetModel):
+    """Avalanche's model, which asks a GPU for nothing in a step.
+
+    The stock model keeps on its device which task is in use, and looks there in every forward
+    pass, seven times, and each time the host waits for the GPU.
+
+    Parameters
+    ----------
+    wrappee
+        The network; its layers are wrapped in place.
+    """
+
+    takes_one_label = True
+    """A batch's label may be given as one number; see `benchmarks.scenarios.ResidentData`."""
+
+    def __init__(self, wrappee: nn.Module) -> None:
+        super().__init__(wrappee)
+        self._label: int | None = None
+        """Of the task in use; None: to be looked up."""
+
+    def prune(self, to_prune_proportion: float) -> None:
+        """Give up a share of the free weights of each layer."""
+        self._label = None
+        super().prune(to_prune_proportion)
+
+    def freeze_pruned(self) -> None:
+        """Freeze what the task in training keeps."""
+        self._label = None
+        super().freeze_pruned()
+
+    def activate_task(self, task_id: int) -> None:
+        """Use the part of the network that belongs to a task."""
+        self._label = None
+        super().activate_task(task_id)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._label = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor, task_labels: Tensor | int) -> Any:
+        """Return the output of the part of the network that a task uses.
+
+        Parameters
+        ----------
+        x
+            (N, ...), the batch.
+        task_labels
+            (N,) labels, all of one task, or its number.
+
+        Raises
+        ------
+        ValueError
+            Labels of several tasks.
+        """
+        label = task_labels if isinstance(task_labels, int) else _one(task_labels)
+        if label != self._label:
+            self.activate_task(min(label, self.task_count))
+            self._label = label
+        return self.wrappee(x)
+
+
+def _one(labels: Tensor) -> int:
+    found: list[int] = labels.unique().tolist()
+    if len(found) != 1:
+        raise ValueError(f"a batch is of one task; these are of tasks {found}")
+    return found[0]
 
 
 class PackNetPlugin(StockPackNetPlugin):
@@ -22,7 +92,7 @@ class PackNetPlugin(StockPackNetPlugin):
     Parameters
     ----------
     model
-        The strategy's, a PackNetModel.
+        The strategy's.
     tasks
         Number of tasks.
     prune

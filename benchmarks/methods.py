@@ -12,7 +12,6 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import pandas as pd
 import tyro
-from avalanche.models.packnet import PackNetModel
 from avalanche.training.plugins import LRSchedulerPlugin
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
@@ -22,7 +21,7 @@ from baselines.ewc import EWCPlugin
 from baselines.hat import HATPlugin, own_rate
 from baselines.joint import JointPlugin
 from baselines.lwf import LwFPlugin
-from baselines.packnet import PackNetPlugin
+from baselines.packnet import PackNetModel, PackNetPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers

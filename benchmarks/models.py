@@ -54,6 +54,9 @@ class MultiHead(MultiTaskModule):
         Logits of a head.
     """
 
+    takes_one_label = True
+    """A batch's label may be given as one number; see `benchmarks.scenarios.ResidentData`."""
+
     def __init__(self, body: nn.Module, features: int, tasks: int, classes: int) -> None:
         super().__init__()
         self.body = body

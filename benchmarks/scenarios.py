@@ -28,7 +28,6 @@ from torch.utils.data import Dataset, default_collate
 
 from benchmarks.data import Images
 from benchmarks.errors import UserError
-from benchmarks.models import MultiHead
 from benchmarks.precision import bf16
 from benchmarks.resume import Resumable
 
@@ -561,7 +560,7 @@ class ResidentData(Resumable):
         """Compute the model's output for the current batch, float32 at either precision."""
         labels, loader = self.mbatch[-1], self.dataloader
         if (
-            isinstance(self.model, MultiHead)
+            getattr(self.model, "takes_one_label", False)
             and isinstance(loader, ResidentLoader)
             and labels is loader.labels
         ):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from avalanche.benchmarks import tensors_benchmark
-from avalanche.models.packnet import PackNetModel
+from avalanche.models.packnet import PackNetModel as StockPackNetModel
 from avalanche.models.packnet import PackNetPlugin as StockPackNetPlugin
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.plugins import LwFPlugin as StockLwFPlugin
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from baselines.er import ERPlugin
 from baselines.lwf import LwFPlugin
-from baselines.packnet import PackNetPlugin
+from baselines.packnet import PackNetModel, PackNetPlugin
 from benchmarks.data import load
 from benchmarks.quickstart import Quickstart
 from benchmarks.scenarios import ReplayLoader, ResidentData
@@ -289,12 +289,20 @@ def test_packnet_goes_on_bit_for_bit_where_stock_forgets_the_biases() -> None:
     learn(resumed, slice(2, None))
     assert all(torch.equal(v, whole[k]) for k, v in resumed.model.state_dict().items())
 
-    model = PackNetModel(network())
+    model = StockPackNetModel(network())
     stock = strategy(model, StockPackNetPlugin(1, [0.75, 2 / 3, 0.5, 0.0]))
     stock.model.load_state_dict(saved[0])
     learn(stock, slice(2, None))
     biases = [k for k in whole if k.endswith(".bias")]
     assert any(not torch.equal(stock.model.state_dict()[k], whole[k]) for k in biases)
+
+
+def test_packnet_takes_one_label_and_refuses_several() -> None:
+    model = PackNetModel(network())
+    x = torch.rand(3, *stream()[0].dataset[0][0].shape)
+    assert torch.equal(model(x, torch.zeros(3, dtype=torch.int64)), model(x, 0))
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        model(x, torch.tensor([0, 1, 1]))
 
 
 def test_packnet_says_that_no_weight_is_left() -> None:
