@@ -58,6 +58,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a GPU (options go to pytest)."""
+    run_module(session, "pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
 def peer(session: nox.Session) -> None:
     """Run Avalanche's own tests against the plugin (options go to pytest)."""
     run_module(session, "pytest", "-m", "peer", *session.posargs)
