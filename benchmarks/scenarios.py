@@ -345,7 +345,7 @@ class JointLoader(Loader):
         """Serve the batches of `plan_epoch`."""
         orders, counts = self._plan(self.generator)
         samples = [
-            chosen[order].to(dataset.images.device)
+            chosen[order].to(dataset.images.device, non_blocking=True)
             for dataset, chosen, order in zip(self.datasets, self.indices, orders, strict=True)
         ]
         done = [0] * len(samples)

@@ -472,13 +472,14 @@ def test_batches_are_gathered_on_the_images_device():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_synchronisation_with_the_gpu_between_batches(images: Images):
     resident = ResidentDataset(
         images.train_x.cuda(), images.train_y.cuda(), 0, torch.arange(PIXELS).cuda()
     )
     loader = ResidentLoader(resident, None, 16, torch.Generator())
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         assert sum(len(y) for _, y, _ in loader) == TRAIN
     finally:
         torch.cuda.set_sync_debug_mode("default")
