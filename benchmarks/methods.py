@@ -920,7 +920,7 @@ METHODS: dict[str, Method[Any]] = {
             name="ewc_online",
             build=_ewc,
             settings={
-                "pmnist": EWC_ONLINE_PMNIST,
+                "pmnist": dataclasses.replace(EWC_ONLINE_PMNIST, strength=1000.0),
                 "quickstart": EWC_ONLINE_QUICKSTART,
             },
             task_id_at_test=False,
@@ -1002,7 +1002,7 @@ METHODS: dict[str, Method[Any]] = {
             name="er",
             build=_er,
             settings={
-                "pmnist": ERSettings(epochs=10),
+                "pmnist": ERSettings(epochs=10, lr=0.0005),
                 "quickstart": ERSettings(lr=0.004, epochs=40, memory=200),
             },
             task_id_at_test=False,
