@@ -840,7 +840,7 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": SI_PMNIST,
                 "quickstart": SI_QUICKSTART,
-                **dict.fromkeys(_NARROW, SI_CIFAR),
+                **dict.fromkeys(_NARROW, dataclasses.replace(SI_CIFAR, decay_from=0.7)),
             },
             task_id_at_test=False,
             grid={
