@@ -864,7 +864,7 @@ METHODS: dict[str, Method[Any]] = {
             name="joint",
             build=_joint,
             settings={
-                "pmnist": JointSettings(epochs=20),
+                "pmnist": JointSettings(epochs=20, lr=0.0005),
                 "quickstart": JointSettings(lr=0.004, epochs=40),
                 _WIDE[0]: JOINT_WIDE,
                 _WIDE[1]: dataclasses.replace(
