@@ -8,6 +8,7 @@ by index on the device, at a small fraction of a stock loader's cost.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -567,12 +568,15 @@ class ResidentData(Resumable):
             # All labels are one: to ask the tensor on a GPU would make the host wait each step.
             self.mbatch[-1] = loader.dataset.task
         try:
-            if self.precision == "fp32":
-                return super().forward()
-            with bf16(self.device):
-                return super().forward().float()
+            with self.arithmetic():
+                output = super().forward()
+            return output if self.precision == "fp32" else output.float()
         finally:
             self.mbatch[-1] = labels
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Return the context in which networks compute, by `precision`."""
+        return nullcontext() if self.precision == "fp32" else bf16(self.device)
 
     def join_memory(self, memory: AvalancheDataset[Any], batch_size: int) -> bool:
         """Let a batch of a memory join each batch of the running experience, by index.

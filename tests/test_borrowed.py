@@ -110,6 +110,32 @@ def test_lwf_adds_the_distance_to_the_old_answers() -> None:
     assert abs(away[0]) < 1e-6 < max(away)
 
 
+@pytest.mark.parametrize("classes", [{0, 1, 2}, {1, 2}, {0, 2}, {2}])
+def test_lwf_distils_the_classes_that_were_seen(classes: set[int]) -> None:
+    logits = torch.randn(2, 5, 3)
+    ours, stock = LwFPlugin().lwf, StockLwFPlugin().lwf
+    for lwf in (ours, stock):
+        lwf.temperature = 3.0
+    assert torch.equal(
+        ours._distillation_loss(*logits, classes), stock._distillation_loss(*logits, classes)
+    )
+
+
+@pytest.mark.parametrize(("plugin", "same"), [(LwFPlugin, True), (StockLwFPlugin, False)])
+def test_lwf_teacher_answers_in_the_networks_precision(
+    plugin: Callable[..., Any], same: bool
+) -> None:
+    """So that before the first step there is nothing to make up for."""
+    train, watch = EXPERIMENT.scenario(load("digits"), 0).streams["train"], Watch()
+    watched = strategy(EXPERIMENT.model(), plugin(1e6), watch, kind=ResidentNaive, precision="bf16")
+    watched.train(train[0])
+    watch.steps.clear()
+    watched.train(train[1])
+    first = watch.steps[0]
+    task = nn.functional.cross_entropy(first["mb_output"], first["mb_y"])
+    assert (abs(float(first["loss"] - task)) < 0.1) is same
+
+
 def test_lwf_without_strength_is_finetuning_bit_for_bit() -> None:
     models = network(), network()
     for model, plugins in zip(models, ([LwFPlugin(strength=0.0)], []), strict=True):

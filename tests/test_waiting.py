@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from avalanche.models.packnet import PackNetModel as StockPackNetModel
+from avalanche.training import LearningWithoutForgetting
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -111,7 +112,13 @@ class _Calls(TorchFunctionMode):
     ) -> Any:
         if func in CALLS:
             self.questions.note(func.__name__)
+        if func is Tensor.__getitem__ and any(isinstance(i, list) for i in _parts(args[1])):
+            self.questions.note("an index made of a list")
         return func(*args, **(kwargs or {}))
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def pictures() -> Images:
@@ -168,8 +175,19 @@ def test_no_step_of_a_split_stream_asks_the_device(experiment: Experiment, metho
     assert questions(experiment, method, pictures()).of_steps() == {}
 
 
-def test_questions_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Avalanche's PackNet looks up in each forward pass which task is in use."""
-    monkeypatch.setattr("benchmarks.methods.PackNetModel", StockPackNetModel)
-    found = questions(QUICK, "packnet", load("digits")).of_steps()
-    assert any("packnet.py" in site for site in found)
+@pytest.mark.parametrize(
+    ("method", "name", "stock", "where"),
+    [
+        # It looks up in each forward pass which task is in use.
+        ("packnet", "benchmarks.methods.PackNetModel", StockPackNetModel, "packnet.py"),
+        # It picks the old classes by a list.
+        ("lwf", "baselines.lwf._Distillation", LearningWithoutForgetting, "regularization.py"),
+    ],
+)
+def test_questions_are_heard(
+    method: str, name: str, stock: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Avalanche's own ask."""
+    monkeypatch.setattr(name, stock)
+    found = questions(QUICK, method, load("digits")).of_steps()
+    assert any(where in site for site in found)
