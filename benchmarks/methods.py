@@ -888,6 +888,14 @@ METHODS: dict[str, Method[Any]] = {
                     *(Settings(epochs=20, lr=lr) for lr in (0.001, 0.0005, 0.002)),
                     Settings(epochs=40, lr=0.0005),
                 ),
+                **dict.fromkeys(
+                    _NARROW,
+                    tuple(
+                        Settings(decay_from=decay, early_stopping=early)
+                        for decay in (1.0, 0.7)  # the first is that of SI's authors
+                        for early in (False, True)
+                    ),
+                ),
             },
         ),
         Method(
@@ -958,6 +966,17 @@ METHODS: dict[str, Method[Any]] = {
                     HATSettings(epochs=25, embedding_lr=0.01),
                     HAT_PMNIST,
                     dataclasses.replace(HAT_PMNIST, epochs=40),
+                ),
+                **dict.fromkeys(
+                    _NARROW,
+                    (
+                        HATSettings(),  # smax and lamb of the authors
+                        *(
+                            HATSettings(smax=100.0, embedding_lr=0.01, lamb=lamb)
+                            for lamb in (0.25, 0.05)
+                        ),
+                        HATSettings(smax=100.0, lamb=0.25),
+                    ),
                 ),
             },
             tuning_tasks=_WHOLE,
