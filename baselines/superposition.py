@@ -9,6 +9,7 @@ weights look like noise, so that one set of weights holds a network for each tas
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
@@ -24,7 +25,7 @@ Kind = Literal["binary", "complex", "rotation"]
 Product = Callable[[Tensor, Tensor], Tensor]
 
 SHARED = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
-"""Modules whose parameters all tasks share as they are."""
+"""Modules whose parameters all tasks share as they are, unless they have norms of their own."""
 
 # -- contexts --------------------------------------------------------------------------------------
 
@@ -220,6 +221,29 @@ LAYERS: dict[type[nn.Module], type[Superposed]] = {
 }
 
 
+class OwnNorms(nn.Module):
+    """A norm for each task: no context turns the statistics of one task into noise for another.
+
+    Parameters
+    ----------
+    norm
+        Every task's starts as a copy of it.
+    tasks
+        Their number.
+    """
+
+    def __init__(self, norm: nn.Module, tasks: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(tasks))
+        self.task = 0
+        """Whose norm is in use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the task's norm."""
+        y: Tensor = self.norms[self.task](x)
+        return y
+
+
 # -- models ----------------------------------------------------------------------------------------
 
 
@@ -232,6 +256,7 @@ def superpose(
     gain: float = 1.0,
     bias: bool = False,
     normalise: bool = True,
+    own_norms: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Give every Linear and Conv layer of a model a context for each task, in place.
@@ -242,7 +267,7 @@ def superpose(
     Parameters
     ----------
     model
-        Of Linear and Conv layers, and anything without parameters; norms are shared by all tasks.
+        Of Linear and Conv layers, norms, and anything without parameters.
         With complex contexts it must treat each sample by itself.
     tasks
         Number of contexts.
@@ -264,6 +289,8 @@ def superpose(
     normalise
         Whether inputs are shifted and scaled to mean 0 and deviation 1 by two fixed numbers, which
         the plugin measures on the first task's training data.
+    own_norms
+        Whether each task has batch and instance norms of its own; else all tasks share them.
     seed
         Of contexts and phases; torch's global generator is left alone.
 
@@ -299,6 +326,11 @@ def superpose(
         with torch.no_grad():
             layer.weight.mul_(gain)
         layer.begin(kind, tasks, trained, (seed, index))
+    if own_norms:
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if isinstance(norm, _NormBase):
+                    setattr(parent, name, OwnNorms(norm, tasks))
     if normalise:
         parameter = next(model.parameters())
         model.register_buffer("input_mean", parameter.new_zeros(()))
@@ -366,8 +398,9 @@ class SuperpositionPlugin(SupervisedPlugin):
 
     def select(self, task: int) -> None:
         """Put a task's contexts to use."""
-        for layer in superposed_layers(self.model):
-            layer.task = task
+        for module in self.model.modules():
+            if isinstance(module, Superposed | OwnNorms):
+                module.task = task
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Take the task's contexts; measure the first task's inputs."""

@@ -24,7 +24,13 @@ from baselines.lwf import LwFPlugin
 from baselines.packnet import PackNetModel, PackNetPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
-from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers
+from baselines.superposition import (
+    Kind,
+    OwnNorms,
+    SuperpositionPlugin,
+    superpose,
+    superposed_layers,
+)
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, derive
 from benchmarks.learners import Learner, Settings, Setup, State, require
@@ -450,6 +456,8 @@ class SuperpositionSettings(Settings):
     """Whether layers keep a bias, shared by all tasks."""
     normalise: bool = True
     """Whether inputs are brought to mean 0 and deviation 1, as in the source."""
+    own_norms: bool = False
+    """Whether each task has batch norms of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -460,11 +468,13 @@ class SuperpositionLearner(Learner):
     """A superposed network."""
 
     def parameters(self) -> dict[str, int]:
-        """Count the contexts of all tasks as stored, those made from a seed when needed too."""
+        """Count all tasks' contexts and statistics, those made from a seed when needed too."""
         model = self.strategy.model
         count = sum(parameter.numel() for parameter in model.parameters())
         contexts = sum(layer.fixed_numbers() for layer in superposed_layers(model))
-        return {"trainable": count, "stored": count + contexts}
+        own = [module for module in model.modules() if isinstance(module, OwnNorms)]
+        statistics = sum(buffer.numel() for norms in own for buffer in norms.buffers())
+        return {"trainable": count, "stored": count + contexts + statistics}
 
 
 def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
@@ -476,6 +486,7 @@ def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:
         gain=settings.gain,
         bias=settings.bias,
         normalise=settings.normalise,
+        own_norms=settings.own_norms,
         seed=derive(setup.seed, "contexts"),
     )
     plugin = SuperpositionPlugin(model)
@@ -945,7 +956,7 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": SUPERPOSITION_PMNIST,
                 "quickstart": SUPERPOSITION_QUICKSTART,
-                **{name: SuperpositionSettings(early_stopping=True) for name in _WIDE},
+                **dict.fromkeys(_WIDE, SuperpositionSettings(early_stopping=True, own_norms=True)),
             },
             task_id_at_test=True,
             grid={"pmnist": SUPERPOSITION_GRID},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from benchmarks.learners import Learner, Setup
 from benchmarks.methods import METHODS, SuperpositionSettings
 from benchmarks.precision import bf16
 from benchmarks.quickstart import Quickstart
+from benchmarks.split_cifar import SplitCIFARWide
 
 KINDS = ("binary", "complex", "rotation")
 TASKS = 3
@@ -408,6 +411,30 @@ def test_measuring_inputs_leaves_the_order_of_training_alone() -> None:
     assert torch.equal(orders[0], orders[1])
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_norm_of_ones_own_is_left_alone_by_later_tasks(own: bool) -> None:
+    """Shared statistics drift with the newest task, and no context brings the old ones back."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
+    model = superpose(network, TASKS, own_norms=own)
+    learner, experiences = strategy(model, SuperpositionPlugin(model)), stream().train_stream
+    norms = [*model[1].norms] if own else [model[1]] * TASKS
+    assert len({id(norm) for norm in norms}) == (TASKS if own else 1)
+    learner.train(experiences[0])
+    after = copy.deepcopy(norms[0].state_dict())
+    learner.train(experiences[1])
+    kept = [torch.equal(value, after[name]) for name, value in norms[0].state_dict().items()]
+    assert all(kept) if own else not any(kept)
+    if own:
+        assert norms[1].num_batches_tracked > 0
+        assert norms[2].num_batches_tracked == 0
+        select(model, 0)
+        with torch.no_grad():
+            model.eval()
+            hidden = model[0](torch.randn(4, 12))
+            assert torch.equal(model[1](hidden), norms[0](hidden))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_is_uninterrupted_bit_for_bit(kind: str, trained: bool) -> None:
@@ -483,6 +510,24 @@ def test_stored_numbers_count_the_contexts() -> None:
     for (kind, trained), (trainable, contexts) in expected.items():
         learner = built(kind=kind, trained=trained)
         assert learner.parameters() == {"trainable": trainable, "stored": trainable + contexts}
+
+
+def test_stored_numbers_count_norms_of_each_task() -> None:
+    experiment = SplitCIFARWide(tasks=3, shrink=32)
+    counts = []
+    for settings in ((), ("superposition.own_norms=False",)):
+        changed = dataclasses.replace(experiment, settings=settings)
+        model = experiment.model()
+        scenario: Any = SimpleNamespace(streams={"valid": []})
+        setup = Setup(changed, scenario, 0, torch.device("cpu"), EvaluationPlugin(loggers=[]))
+        method = METHODS["superposition"]
+        counts.append(method.build(setup, method.settings_for(changed)).parameters())
+    own, shared = counts
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    affine = sum(p.numel() for norm in norms for p in norm.parameters())
+    statistics = sum(b.numel() for norm in norms for b in norm.buffers())
+    assert own["trainable"] - shared["trainable"] == 2 * affine
+    assert own["stored"] - shared["stored"] == 2 * affine + 3 * statistics
 
 
 # --- cost, precision, devices ---------------------------------------------------------------------
