@@ -341,7 +341,9 @@ def readme_table(
 
 
 def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path) -> str:
-    """Return one of the report's other tables of an experiment as Markdown, with its seeds.
+    """Return one of the report's other tables of an experiment as Markdown.
+
+    Tables of numbers come with their seeds, tables of sentences, which name them, with their notes.
 
     Raises
     ------
@@ -356,7 +358,10 @@ def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path
     if name not in found:
         have = ", ".join(found) or "none"
         raise UserError(f"{experiment} has no table {name!r}; there are: {have}.")
-    return tables.markdown(found[name].text) + "\n" + tables.seeds_note(cells) + "\n"
+    table = found[name]
+    prose = bool(table.widths)
+    note = "\n\n".join(table.notes) if prose else tables.seeds_note(cells)
+    return tables.markdown(table.text, prose) + "\n" + note + "\n"
 
 
 def update_readme(path: Path, records_dir: Path, targets_dir: Path = REPORTS / "targets") -> None:
