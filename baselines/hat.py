@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from clnp.random_state import forked
+
 EMBEDDING_LIMIT = 6.0
 """Embeddings stay within ± this."""
 COSH_LIMIT = 50.0
@@ -315,7 +317,7 @@ class HATPlugin(SupervisedPlugin):
             raise ValueError(f"HAT has learnt experience {index} already; it can't learn it again.")
         if self.tasks:
             _refuse_drift(strategy.optimizer)
-            with torch.random.fork_rng():
+            with forked(self.head):
                 torch.manual_seed(self.seed * 1000 + len(self.tasks))
                 self.head.reset_parameters()
         self._draw_embeddings()

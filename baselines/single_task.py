@@ -8,6 +8,8 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from clnp.random_state import forked
+
 Weights = dict[str, Tensor]
 
 
@@ -21,7 +23,7 @@ def reinitialise(model: nn.Module, seed: int) -> None:
     seed
         Of the draw; torch's global generator is left as it was.
     """
-    with torch.random.fork_rng():
+    with forked(model):
         torch.manual_seed(seed)
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)

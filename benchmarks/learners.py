@@ -141,8 +141,8 @@ class Setup:
 
     def model(self) -> nn.Module:
         """Return the network with the seed's initial weights, the same for every method."""
-        with torch.random.fork_rng():
-            torch.manual_seed(derive(self.seed, "weights"))
+        with torch.random.fork_rng(devices=[]):  # it is drawn on the CPU
+            torch.default_generator.manual_seed(derive(self.seed, "weights"))
             return self.experiment.model().to(self.device)
 
     def strategy(

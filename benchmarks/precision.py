@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,12 +69,17 @@ def _rounded(value: Any) -> Any:
     return value.bfloat16().float() if isinstance(value, Tensor) else value
 
 
+@cache
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether torch's own bfloat16 kernels are fast on a device.
 
     On a CPU they are if oneDNN takes them: that asks for AVX512 or the bfloat16 instructions of
-    x86 or Arm. Otherwise torch falls back on plain loops.
+    x86 or Arm. Otherwise torch falls back on plain loops. NVIDIA's GPUs before Ampere emulate it,
+    and have no convolutions for it.
     """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
     if not torch.backends.mkldnn.is_available():

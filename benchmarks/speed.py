@@ -110,6 +110,7 @@ def bare_epoch(model: nn.Module, loader: ResidentLoader, precision: str) -> Call
                 logits = model(x)
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
+        _wait(device)
         return time.perf_counter() - began
 
     return epoch
@@ -598,7 +599,9 @@ def workers_ratio(cells: int = 8) -> float | None:
             grid = plan(experiment, ["finetune"], range(seeds))
             began = time.perf_counter()
             with redirect_stdout(io.StringIO()):
-                code = run_grid(grid, places, cpu, "disabled", parallel=Parallel(workers))
+                code = run_grid(
+                    grid, places, cpu, "disabled", parallel=Parallel(workers, device="cpu")
+                )
             if code:
                 raise RuntimeError(f"{workers} workers ended with {code}")
             took[workers] = time.perf_counter() - began

@@ -103,7 +103,7 @@ class LogitDrift(PluginMetric[float]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._learnt = set(state["learnt"])
-        self._reference = dict(state["reference"])
+        self._reference = {index: kept.cpu() for index, kept in state["reference"].items()}
         self._drift = dict(state["drift"])
 
     def __str__(self) -> str:

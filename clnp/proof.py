@@ -18,8 +18,12 @@ from clnp.network import PartitionedNetwork
 from clnp.partition import permute, sever
 from clnp.units import Forward
 
-TOLERANCE = 1e-3
-"""Largest difference taken for rounding, as a share of the logits' spread (fp32 sums)."""
+TOLERANCE = 4e-3
+"""Largest difference taken for rounding, as a share of the logits' spread.
+
+On a GPU cuDNN may compute one of two convolutions in TF32, the other in fp32: up to 1.2e-3 in a
+ResNet-18, simulated. Units in the wrong place change the logits by a large share of their spread.
+"""
 
 DRAWS = 3
 """Times that all is drawn anew: the few units of a narrow layer may be dead in one draw."""

@@ -1,10 +1,12 @@
 """The state of all global generators that a training may draw from."""
 
 import random
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -30,6 +32,16 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type != "cpu":
         _of_device(device).set_rng_state(state["device"], *_at(device))
+
+
+def forked(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context after which the CPU's generator and those of a model's GPUs are as before.
+
+    Without naming devices torch forks those of all GPUs, and warns where there are several.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    fork: AbstractContextManager[None] = torch.random.fork_rng(devices=sorted(devices, key=str))
+    return fork
 
 
 def _of_device(device: torch.device) -> Any:

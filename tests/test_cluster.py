@@ -84,7 +84,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_cells_at_once_leave_the_same_records(
     nodes: Any, alone: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path, plan(TINY, METHODS, [0, 1]), Parallel(workers=2)) == 0
+    assert run(tmp_path, plan(TINY, METHODS, [0, 1]), Parallel(workers=2, device="cpu")) == 0
     assert records_of(tmp_path) == alone
     out = capsys.readouterr().out
     for method in METHODS:
@@ -92,7 +92,7 @@ def test_cells_at_once_leave_the_same_records(
     left = [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert not [name for name in left if name.endswith((".pt", "tmp", "owner.json"))]
     # Nothing is run twice.
-    assert run(tmp_path, plan(TINY, METHODS, [0, 1]), Parallel(workers=2)) == 0
+    assert run(tmp_path, plan(TINY, METHODS, [0, 1]), Parallel(workers=2, device="cpu")) == 0
     assert "8 of them recorded already" in capsys.readouterr().out
 
 
@@ -133,7 +133,7 @@ def test_a_killed_worker_costs_nothing(
             killed.append(process)
 
     thread = when_training(tmp_path, kill)
-    assert run(tmp_path, plan(TINY, METHODS, [0, 1]), Parallel(workers=2)) == 0
+    assert run(tmp_path, plan(TINY, METHODS, [0, 1]), Parallel(workers=2, device="cpu")) == 0
     thread.join()
     assert killed
     assert records_of(tmp_path) == alone
@@ -143,7 +143,7 @@ def test_candidates_of_a_search_are_tasks_too(nodes: Any, tmp_path: Path) -> Non
     settings = ("clnp.grid_l1=1e-4;1e-4,2e-3,1e-4", "clnp.grid_tasks=each")
     grid = plan(Quickstart(**{**vars(TINY), "settings": settings, "tasks": 2}), ["clnp"], [0])
     assert run(tmp_path / "alone", grid, None) == 0
-    assert run(tmp_path / "ray", grid, Parallel()) == 0
+    assert run(tmp_path / "ray", grid, Parallel(device="cpu")) == 0
     assert records_of(tmp_path / "ray") == records_of(tmp_path / "alone")
 
 
@@ -151,7 +151,9 @@ def test_a_failing_cell_is_named_and_the_others_go_on(
     nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = Quickstart(**{**vars(TINY), "settings": ("finetune.lr=1e38",)})
-    assert run(tmp_path, plan(broken, ["finetune", "si"], [0]), Parallel(workers=2)) == 1
+    assert (
+        run(tmp_path, plan(broken, ["finetune", "si"], [0]), Parallel(workers=2, device="cpu")) == 1
+    )
     out = capsys.readouterr().out
     assert "1 of 2 cells failed" in out
     assert "FloatingPointError: The loss is" in out
@@ -165,12 +167,12 @@ def test_ctrl_c_saves_all_that_run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = when_training(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT))
     grid = plan(TINY, METHODS, [0, 1])
-    assert run(tmp_path, grid, Parallel(workers=2)) == 130
+    assert run(tmp_path, grid, Parallel(workers=2, device="cpu")) == 130
     thread.join()
     out = capsys.readouterr().out
     assert "goes on from there" in out
     assert "holds" in out
-    assert run(tmp_path, grid, Parallel(workers=2)) == 0
+    assert run(tmp_path, grid, Parallel(workers=2, device="cpu")) == 0
     assert records_of(tmp_path) == alone
 
 
@@ -209,7 +211,7 @@ def test_a_removed_node_costs_nothing(nodes: Any, tmp_path: Path) -> None:
         nodes.remove_node(gone, allow_graceful=False)
 
     thread = when_training(tmp_path / "ray", remove)
-    assert run(tmp_path / "ray", grid, Parallel(workers=2)) == 0
+    assert run(tmp_path / "ray", grid, Parallel(workers=2, device="cpu")) == 0
     thread.join()
     end = time.monotonic() + 60
     while sum(node["Alive"] for node in ray.nodes()) > 1:  # the others notice after a while

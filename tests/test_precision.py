@@ -148,8 +148,17 @@ def test_what_autocast_leaves_alone_is_left_alone(emulated: None):
     assert F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_gpus_that_emulate_take_float32_kernels(own: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or own
+    )
+    assert has_fast_bf16.__wrapped__(torch.device("cuda")) is own
+
+
 def test_devices_with_kernels_of_their_own_keep_them(monkeypatch: pytest.MonkeyPatch):
-    assert has_fast_bf16(torch.device("cuda"))
+    assert has_fast_bf16(torch.device("mps"))
     calls = []
     monkeypatch.setattr(Float32Kernels, "__enter__", lambda _mode: calls.append("entered"))
     monkeypatch.setattr(precision, "has_fast_bf16", lambda _device: True)

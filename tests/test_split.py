@@ -629,6 +629,28 @@ def test_a_training_elsewhere_is_not_used(images: Images, tmp_path: Path) -> Non
         list(gpu.map(refuse, [Candidate(0, None, None)]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("experiment", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_nothing_is_forgotten_on_a_gpu(
+    experiment: Any, precision: str, images: Images, tmp_path: Path
+) -> None:
+    resident = dataclasses.replace(
+        images,
+        **{
+            name: getattr(images, name).cuda()
+            for name in ("train_x", "train_y", "test_x", "test_y")
+        },
+    )
+    cell = Cell(
+        dataclasses.replace(experiment, precision=precision),
+        METHODS["clnp_m2"],
+        *(0, images.fingerprint),
+    )
+    record = cells.run(cell, resident, torch.device("cuda"), tmp_path, GIT, lambda _: None)
+    assert record["logit_drift"] == [0.0, 0.0]
+
+
 def test_each_network_of_single_task_counts_one_head(images: Images, tmp_path: Path) -> None:
     record = run(Cell(NARROW, METHODS["single_task"], 0, images.fingerprint), images, tmp_path)
     body, features = narrow()
