@@ -6,6 +6,7 @@ Golden files: after an intended change run with UPDATE_GOLDEN=1 and read the dif
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -284,6 +285,15 @@ def test_main_table_numbers_against_the_records(target: dict[str, Any]) -> None:
     assert row["n"] == 3
     assert [float(value) for value in row["values"].split()] == pytest.approx(last, abs=1e-4)
     assert row["train_minutes"] == pytest.approx(16)
+
+
+def test_times_on_different_hardware_are_not_averaged(target: dict[str, Any]) -> None:
+    first, *others = cells_of("pmnist")
+    moved = dataclasses.replace(first, hardware="another, cuda, 1 threads")
+    table = tables.main_table([moved, *others], target)
+    times = dict(zip(table.text["Method"], table.text["Training"], strict=True))
+    assert times.pop(tables.label(moved.method)) == "—"
+    assert "another, cuda, 1 threads" in " ".join(table.notes)
 
 
 def test_capacity_counts_every_layer_and_task() -> None:

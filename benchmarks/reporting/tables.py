@@ -168,6 +168,12 @@ def per_seed(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _minutes(cells: Sequence[Cell]) -> float:
+    """Return the mean training time of a method's cells; NaN if not all ran on the same."""
+    alike = len({cell.hardware for cell in cells}) == 1
+    return summarise([cell.minutes for cell in cells]).mean if alike else NAN
+
+
 def main_frame(
     cells: Sequence[Cell],
     paper: dict[str, Any],
@@ -216,7 +222,7 @@ def main_frame(
                 "task_id_at_test": mine[0].task_id if mine else None,
                 "trainable": round(np.mean([c.trainable for c in mine])) if mine else None,
                 "stored": round(np.mean([c.stored for c in mine])) if mine else None,
-                "train_minutes": summarise([cell.minutes for cell in mine]).mean,
+                "train_minutes": _minutes(mine),
                 "configurations": tried.get(method),
             }
         )
@@ -649,7 +655,10 @@ def hardware(cells: Sequence[Cell]) -> str:
     """Return what the cells ran on; times on different hardware cannot be compared."""
     found = sorted({cell.hardware for cell in cells})
     if len(found) > 1:
-        return f"not comparable, since on different hardware ({'; '.join(found)})"
+        return (
+            "a dash where its seeds ran on different hardware, and not to be compared between "
+            f"methods that did ({'; '.join(found)})"
+        )
     return f"on {found[0]}" if found else "none yet"
 
 
