@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from clnp.random_state import forked
+from clnp.random_state import seeded
 
 EMBEDDING_LIMIT = 6.0
 """Embeddings stay within ± this."""
@@ -317,8 +317,7 @@ class HATPlugin(SupervisedPlugin):
             raise ValueError(f"HAT has learnt experience {index} already; it can't learn it again.")
         if self.tasks:
             _refuse_drift(strategy.optimizer)
-            with forked(self.head):
-                torch.manual_seed(self.seed * 1000 + len(self.tasks))
+            with seeded(self.head, self.seed * 1000 + len(self.tasks)):
                 self.head.reset_parameters()
         self._draw_embeddings()
         self._withhold()

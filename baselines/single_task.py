@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
-from clnp.random_state import forked
+from clnp.random_state import seeded
 
 Weights = dict[str, Tensor]
 
@@ -23,8 +22,7 @@ def reinitialise(model: nn.Module, seed: int) -> None:
     seed
         Of the draw; torch's global generator is left as it was.
     """
-    with forked(model):
-        torch.manual_seed(seed)
+    with seeded(model, seed):
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):

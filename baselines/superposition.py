@@ -327,10 +327,12 @@ def superpose(
             layer.weight.mul_(gain)
         layer.begin(kind, tasks, trained, (seed, index))
     if own_norms:
+        made: dict[nn.Module, OwnNorms] = {}  # a norm in several places stays one
         for parent in list(model.modules()):
-            for name, norm in list(parent.named_children()):
+            for name, norm in parent._modules.items():
                 if isinstance(norm, _NormBase):
-                    setattr(parent, name, OwnNorms(norm, tasks))
+                    made.setdefault(norm, OwnNorms(norm, tasks))
+                    setattr(parent, name, made[norm])
     if normalise:
         parameter = next(model.parameters())
         model.register_buffer("input_mean", parameter.new_zeros(()))

@@ -26,7 +26,6 @@ from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
 from baselines.superposition import (
     Kind,
-    OwnNorms,
     SuperpositionPlugin,
     superpose,
     superposed_layers,
@@ -468,13 +467,11 @@ class SuperpositionLearner(Learner):
     """A superposed network."""
 
     def parameters(self) -> dict[str, int]:
-        """Count all tasks' contexts and statistics, those made from a seed when needed too."""
+        """Count the contexts of all tasks as stored, those made from a seed when needed too."""
         model = self.strategy.model
         count = sum(parameter.numel() for parameter in model.parameters())
         contexts = sum(layer.fixed_numbers() for layer in superposed_layers(model))
-        own = [module for module in model.modules() if isinstance(module, OwnNorms)]
-        statistics = sum(buffer.numel() for norms in own for buffer in norms.buffers())
-        return {"trainable": count, "stored": count + contexts + statistics}
+        return {"trainable": count, "stored": count + contexts}
 
 
 def _superposition(setup: Setup, settings: SuperpositionSettings) -> Learner:

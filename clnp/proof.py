@@ -21,8 +21,8 @@ from clnp.units import Forward
 TOLERANCE = 4e-3
 """Largest difference taken for rounding, as a share of the logits' spread.
 
-On a GPU cuDNN may compute one of two convolutions in TF32, the other in fp32: up to 1.2e-3 in a
-ResNet-18, simulated. Units in the wrong place change the logits by a large share of their spread.
+On a GPU cuDNN may compute one of two convolutions in TF32, whose operands have 10 bits, the other
+in fp32. Units in the wrong place change the logits by a large share of their spread.
 """
 
 DRAWS = 3

@@ -1,7 +1,8 @@
 """The state of all global generators that a training may draw from."""
 
 import random
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,19 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         _of_device(device).set_rng_state(state["device"], *_at(device))
 
 
-def forked(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context after which the CPU's generator and those of a model's GPUs are as before.
+@contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Let a model draw by a seed, and leave torch's generators as they were.
 
-    Without naming devices torch forks those of all GPUs, and warns where there are several.
+    Those of the CPU and of the GPUs that hold its parameters; torch.manual_seed would touch all.
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    fork: AbstractContextManager[None] = torch.random.fork_rng(devices=sorted(devices, key=str))
-    return fork
+    found = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(found, key=str)):
+        torch.default_generator.manual_seed(seed)
+        for device in found:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _of_device(device: torch.device) -> Any:

@@ -324,9 +324,22 @@ def test_packnet_goes_on_bit_for_bit_where_stock_forgets_the_biases() -> None:
 
 
 def test_packnet_takes_one_label_and_refuses_several() -> None:
-    model = PackNetModel(network())
-    x = torch.rand(3, *stream()[0].dataset[0][0].shape)
-    assert torch.equal(model(x, torch.zeros(3, dtype=torch.int64)), model(x, 0))
+    """And it looks its task up again when a state has been loaded."""
+    learner, _ = packed()
+    for experience in stream()[:2]:
+        learner.train(experience)
+    model, stock = PackNetModel(network()), StockPackNetModel(network())
+    x, labels = torch.randn(3, 6), torch.zeros(3, dtype=torch.int64)
+    before = model.eval()(x, 0)  # it has been used when the state comes
+    for loaded in (model, stock):
+        loaded.load_state_dict(learner.model.state_dict())
+    stock.eval()
+    for task in (0, 1, 0, 2):
+        expected = stock(x, labels + task)
+        assert torch.equal(model(x, task), expected)
+        assert torch.equal(model(x, labels + task), expected)
+        assert not torch.equal(expected, before)
+    assert not torch.equal(model(x, 0), model(x, 1))
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         model(x, torch.tensor([0, 1, 1]))
 

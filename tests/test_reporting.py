@@ -293,6 +293,8 @@ def test_times_on_different_hardware_are_not_averaged(target: dict[str, Any]) ->
     table = tables.main_table([moved, *others], target)
     times = dict(zip(table.text["Method"], table.text["Training"], strict=True))
     assert times.pop(tables.label(moved.method)) == "—"
+    recorded = {tables.label(cell.method) for cell in others}
+    assert all(times[name] != "—" for name in recorded & set(times))
     assert "another, cuda, 1 threads" in " ".join(table.notes)
 
 

@@ -365,6 +365,29 @@ def _difference(
     )
 
 
+def _compared(
+    claim: Targets,
+    cells: Sequence[Cell],
+    one: str,
+    other: str,
+    where: str,
+    tasks: slice,
+    low: float,
+    high: float,
+    alpha: float,
+) -> Part:
+    """Return whether one method's accuracy less another's lies between two bounds."""
+    part = claim["part"]
+    return _difference(
+        f"{label(one)} − {label(other)} on {where}, {part} data",
+        _means(cells, one, part, tasks),
+        _means(cells, other, part, tasks),
+        low,
+        high,
+        alpha,
+    )
+
+
 def _share(
     cells: Sequence[Cell], method: str, layer: int, task: int
 ) -> tuple[str, dict[int, float]]:
@@ -401,14 +424,10 @@ def _use_within(
 def above_on_every_task(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """F4-order: a method is above another on each task."""
     one, other = claim["method"], claim["reference"]
+    alpha = target["significance"] / target["tasks"]
     return [
-        _difference(
-            f"{label(one)} − {label(other)} on task {task + 1}",
-            _means(cells, one, claim["part"], slice(task, task + 1)),
-            _means(cells, other, claim["part"], slice(task, task + 1)),
-            0,
-            np.inf,
-            target["significance"] / target["tasks"],
+        _compared(
+            claim, cells, one, other, f"task {task + 1}", slice(task, task + 1), 0, np.inf, alpha
         )
         for task in range(target["tasks"])
     ]
@@ -416,34 +435,22 @@ def above_on_every_task(claim: Targets, target: Targets, cells: Sequence[Cell]) 
 
 def runs_out(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """F4-m1: the last hidden layer is full after a task, and later tasks suffer."""
-    later, after = slice(claim["after"], None), claim["after"]
+    later, after, alpha = slice(claim["after"], None), claim["after"], target["significance"]
+    one, other, where = claim["method"], claim["reference"], f"the tasks after {after}"
     return [
         _use_within(claim, target, cells, claim["layer"], after, claim["share"], np.inf),
-        _difference(
-            f"{label(claim['method'])} − {label(claim['reference'])} on the tasks after {after}",
-            _means(cells, claim["method"], claim["part"], later),
-            _means(cells, claim["reference"], claim["part"], later),
-            -np.inf,
-            -claim["drop"],
-            target["significance"],
-        ),
+        _compared(claim, cells, one, other, where, later, -np.inf, -claim["drop"], alpha),
     ]
 
 
 def lasts(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """F4-m2: units are left before the last task, and the later tasks keep their accuracy."""
     later, before_last = slice(claim["after"], None), target["tasks"] - 1
+    one, other, where = claim["method"], claim["reference"], f"the tasks after {claim['after']}"
+    low, alpha = -claim["drop"], target["significance"]
     return [
         _use_within(claim, target, cells, claim["layer"], before_last, -np.inf, claim["share"]),
-        _difference(
-            f"{label(claim['method'])} − {label(claim['reference'])} on the tasks after "
-            f"{claim['after']}",
-            _means(cells, claim["method"], claim["part"], later),
-            _means(cells, claim["reference"], claim["part"], later),
-            -claim["drop"],
-            np.inf,
-            target["significance"],
-        ),
+        _compared(claim, cells, one, other, where, later, low, np.inf, alpha),
     ]
 
 
@@ -457,25 +464,12 @@ def full_at_once(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list
 
 def fine_tuned(claim: Targets, target: Targets, cells: Sequence[Cell]) -> list[Part]:
     """F4-ft: no loss on task 1 against training it alone; later tasks above those without."""
-    name, part, alpha = claim["method"], claim["part"], target["significance"]
-    first, later = slice(0, 1), slice(1, None)
+    one, alone, other = claim["method"], claim["scratch"], claim["reference"]
+    first, later, alpha = slice(0, 1), slice(1, None), target["significance"]
+    low = -claim["margin"]
     return [
-        _difference(
-            f"{label(name)} − {label(claim['scratch'])} on task 1",
-            _means(cells, name, part, first),
-            _means(cells, claim["scratch"], part, first),
-            -claim["margin"],
-            np.inf,
-            alpha,
-        ),
-        _difference(
-            f"{label(name)} − {label(claim['reference'])} on the later tasks",
-            _means(cells, name, part, later),
-            _means(cells, claim["reference"], part, later),
-            0,
-            np.inf,
-            alpha,
-        ),
+        _compared(claim, cells, one, alone, "task 1", first, low, np.inf, alpha),
+        _compared(claim, cells, one, other, "the later tasks", later, 0, np.inf, alpha),
     ]
 
 
@@ -520,7 +514,7 @@ def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> l
     if any(len(numbers) < most or min(numbers[:even]) == 0 for numbers in new.values()):
         raise Unlearnt(mine, f"Not all of the first {most} tasks took units of {name}.")
     one, other = claim["method"], claim["reference"]
-    at = slice(task - 1, task)
+    at, alpha = slice(task - 1, task), target["significance"]
     return [
         _within(
             f"{name}, most new units of tasks 1–{even} over fewest",
@@ -531,14 +525,7 @@ def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> l
             target["significance"],
         ),
         _use_within(claim, target, cells, claim["layer"], task, claim["share"], np.inf),
-        _difference(
-            f"{label(one)} − {label(other)} on task {task}",
-            _means(cells, one, claim["part"], at),
-            _means(cells, other, claim["part"], at),
-            -np.inf,
-            0,
-            target["significance"],
-        ),
+        _compared(claim, cells, one, other, f"task {task}", at, -np.inf, 0, alpha),
     ]
 
 
