@@ -298,6 +298,26 @@ def test_times_on_different_hardware_are_not_averaged(target: dict[str, Any]) ->
     assert "another, cuda, 1 threads" in " ".join(table.notes)
 
 
+@pytest.mark.parametrize(
+    ("held_out", "note"),
+    [
+        ([0.1], "Test set; 10 % of the training images held out for validation."),
+        ([10_000], "Test set; 10,000 training images held out for validation."),
+        ([0.0], "Test set; nothing held out for validation."),
+        ([None], ""),
+        ([0.1, 0.0], ""),
+    ],
+)
+def test_tables_name_the_split(held_out: list[float | None], note: str) -> None:
+    cells = [
+        dataclasses.replace(cell, settings=json.dumps({"experiment": {"validation": held}}))
+        for cell, held in zip(cells_of("pmnist"), held_out, strict=False)
+    ]
+    assert len(cells) == len(held_out)
+    assert tables.split_note(cells) == note
+    assert (note in tables.per_task_table(cells).notes) is bool(note)
+
+
 def test_capacity_counts_every_layer_and_task() -> None:
     table = tables.capacity_table(cells_of("pmnist"))
     assert table is not None

@@ -337,7 +337,12 @@ def readme_table(
     ]
     paper = beside["table"]["paper"] if beside else {}
     keep = (table.numbers["n"] > 0) | table.numbers["method"].isin(list(paper))
-    return tables.markdown(shown[keep]) + "\n" + tables.seeds_note(cells) + "\n"
+    return tables.markdown(shown[keep]) + "\n" + _of_what(cells) + "\n"
+
+
+def _of_what(cells: Sequence[Cell]) -> str:
+    """What a table of numbers in a document rests on."""
+    return " ".join(filter(None, (tables.split_note(cells), tables.seeds_note(cells))))
 
 
 def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path) -> str:
@@ -360,7 +365,7 @@ def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path
         raise UserError(f"{experiment} has no table {name!r}; there are: {have}.")
     table = found[name]
     prose = bool(table.widths)
-    note = "\n\n".join(table.notes) if prose else tables.seeds_note(cells)
+    note = "\n\n".join(table.notes) if prose else _of_what(cells)
     return tables.markdown(table.text, prose) + "\n" + note + "\n"
 
 

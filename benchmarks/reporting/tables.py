@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,15 @@ def seeds_note(cells: Sequence[Cell]) -> str:
     if len(seeds) == 1 and len(by_method(cells)) == 1:
         return f"{next(iter(seeds))}."
     return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in seeds.items()) + "."
+
+
+def split_note(cells: Sequence[Cell]) -> str:
+    """Return on what is tested, and what the training went without; "" if records don't tell."""
+    held = {json.loads(cell.settings)["experiment"].get("validation") for cell in cells}
+    if len(held) != 1 or (out := held.pop()) is None:
+        return ""
+    what = f"{out:,} training images" if out >= 1 else f"{100 * out:g} % of the training images"
+    return f"Test set; {what if out else 'nothing'} held out for validation."
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -746,7 +756,8 @@ def per_task_table(
             name = label(str(method)) + ("" if held_out else ", nothing held out")
             n = str(max(summary.n for summary in last))
             lines.append(_task_line(name, n, [summary.mean for summary in last]))
-    notes = ["The CSV also has the accuracy just after learning and deviations.", seeds_note(cells)]
+    csv = "The CSV also has the accuracy just after learning and deviations."
+    notes = [note for note in (split_note(cells), csv, seeds_note(cells)) if note]
     if others := (target or {}).get("per_task"):
         lines += [_task_line(row["name"], NONE, row["accuracy"]) for row in others["rows"]]
         notes.insert(0, others["note"])
