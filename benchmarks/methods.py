@@ -24,12 +24,7 @@ from baselines.lwf import LwFPlugin
 from baselines.packnet import PackNetModel, PackNetPlugin
 from baselines.si import SIPlugin
 from baselines.single_task import SingleTaskPlugin
-from baselines.superposition import (
-    Kind,
-    SuperpositionPlugin,
-    superpose,
-    superposed_layers,
-)
+from baselines.superposition import Kind, SuperpositionPlugin, superpose, superposed_layers
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment, derive
 from benchmarks.learners import Learner, Settings, Setup, State, require

@@ -182,3 +182,22 @@ def test_the_gpus_random_numbers_stay(
     monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds the GPUs too"))
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs"))
     prove(model, right, call, torch.zeros(EXAMPLE), single_head=True)
+
+
+def test_the_proof_computes_in_full_precision_and_leaves_the_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU a convolution and a narrower one may differ in TF32 by more than rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    x, seen = torch.randn(4, 1, 4, 4), []
+
+    def forward(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return module(batch)
+
+    layout = find_layout(model, lambda m, batch: m(batch), x)
+    prove(model, layout, forward, x, single_head=True)
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32

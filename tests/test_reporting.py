@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from scipy import stats as scipy_stats
 from benchmarks.errors import UserError
 from benchmarks.records import path_of, read, read_tuning, write, write_tuning
 from benchmarks.reporting import claims, load, page, stats, tables
-from benchmarks.reporting.figures import style
+from benchmarks.reporting.figures import close_up, line, style
 
 TESTS = Path(__file__).parent
 RECORDS = TESTS / "fixtures" / "records"
@@ -316,6 +317,31 @@ def test_tables_name_the_split(held_out: list[float | None], note: str) -> None:
     assert len(cells) == len(held_out)
     assert tables.split_note(cells) == note
     assert (note in tables.per_task_table(cells).notes) is bool(note)
+
+
+@pytest.mark.parametrize(
+    ("ends", "panel"),
+    [
+        ({"a": [99.0, 98.0], "b": [99.0, 97.5], "c": [99.0, 40.0]}, True),
+        ({"a": [99.0, 98.0], "b": [99.0, 97.5], "c": [99.0, 95.0]}, False),  # told apart anyway
+        ({"a": [np.nan, 98.0], "b": [60.0, 72.0], "c": [60.0, 40.0]}, False),  # one alone is best
+    ],
+)
+def test_a_close_up_is_drawn_where_it_shows_several_methods(
+    ends: dict[str, list[float]], panel: bool
+) -> None:
+    rows = [
+        {"method": method, "seed": "mean", "after_task": task, "learnt_tasks": value}
+        for method, values in ends.items()
+        for task, value in enumerate(values, start=1)
+    ]
+    assert (close_up(pd.DataFrame(rows)) is not None) is panel
+
+
+def test_methods_of_one_colour_differ_in_marker_and_line() -> None:
+    looks = {method: (*style(method), line(method)) for method in load.METHODS}
+    for one, other in itertools.combinations(looks.values(), 2):
+        assert one[0] != other[0] or (one[1] != other[1] and one[2] != other[2])
 
 
 def test_capacity_counts_every_layer_and_task() -> None:

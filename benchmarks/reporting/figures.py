@@ -57,10 +57,19 @@ class Picture:
 
 def style(method: str) -> tuple[tuple[float, float, float], str]:
     """Return the colour and the marker that a method has everywhere."""
-    known = list(METHODS)
-    # A method that is not in the list yet must not take its colour from who else is plotted.
-    index = known.index(method) if method in METHODS else zlib.crc32(method.encode())
+    index = _place(method)
     return PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+
+
+def line(method: str) -> str:
+    """Return the style of a method's line: dashed for those that share a colour with another."""
+    return ("-", "--")[_place(method) // len(PALETTE) % 2]
+
+
+def _place(method: str) -> int:
+    # A method that is not in the list yet must not take its colour from who else is plotted.
+    known = list(METHODS)
+    return known.index(method) if method in METHODS else zlib.crc32(method.encode())
 
 
 @contextmanager
@@ -331,6 +340,19 @@ def matrix(
         return _picture(name, caption, frame, figure)
 
 
+def close_up(frame: pd.DataFrame) -> tuple[float, float] | None:
+    """Return the limits within which the best methods can be told apart.
+
+    None if no method lies far below them, or fewer than two end within the limits.
+    """
+    means = frame[frame["seed"] == "mean"].sort_values("after_task")
+    accuracy, best = means.groupby("method")["learnt_tasks"], frame["learnt_tasks"].max()
+    near = (accuracy.last() >= best - CLOSE_UP).sum()
+    if near < 2 or accuracy.min().min() >= best - 3 * CLOSE_UP:
+        return None
+    return best - CLOSE_UP, best + 0.1 * CLOSE_UP
+
+
 def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
     """Draw accuracies after each task: a line a method for its mean, a faint point a seed.
 
@@ -341,15 +363,11 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
     name, caption
         Of the figure.
     """
-    best = frame["learnt_tasks"].max()
-    lowest = frame.groupby("method")["learnt_tasks"].min()
     panels: list[tuple[str, str, tuple[float, float] | None]] = [
         ("learnt_tasks", "Mean over tasks learnt so far", None),
         ("first_task", "Task 1 alone", None),
     ]
-    if lowest.min() < best - 3 * CLOSE_UP and lowest.max() >= best - CLOSE_UP:
-        # Some methods lie so far below that others can't be told apart.
-        close = (best - CLOSE_UP, best + 0.1 * CLOSE_UP)
+    if close := close_up(frame):
         panels.insert(1, ("learnt_tasks", "The same, close up", close))
     methods = sorted(set(frame["method"]), key=rank)
     tasks = int(frame["after_task"].max())
@@ -362,7 +380,7 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
                 mine = frame[frame["method"] == method]
                 seeds = mine[mine["seed"] != "mean"]
                 mean = mine[mine["seed"] == "mean"]
-                axes.plot(mean["after_task"], mean[column], color=colour, zorder=2)
+                axes.plot(mean["after_task"], mean[column], line(method), color=colour, zorder=2)
                 axes.scatter(
                     seeds["after_task"],
                     seeds[column],
@@ -379,7 +397,8 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
             axes.set_ylim(limits)
         all_axes[0].set_ylabel("Test accuracy (%)")
         handles = [
-            Line2D([], [], color=style(m)[0], marker=style(m)[1], label=label(m)) for m in methods
+            Line2D([], [], color=style(m)[0], ls=line(m), marker=style(m)[1], label=label(m))
+            for m in methods
         ]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
