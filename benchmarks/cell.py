@@ -231,7 +231,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         hardware = found[1] if found else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # its own class is no plain data for a state
         "avalanche": avalanche.__version__,
         "numpy": numpy.__version__,
         "platform": platform.platform(),
@@ -272,6 +272,8 @@ class Course:
     seconds: list[float] = field(default_factory=list)
     """Of each task, evaluation included."""
     train_seconds: float = 0.0
+    environment: dict[str, Any] = field(default_factory=dict)
+    """See `environment`; ``earlier``: those with other bits in which parts of it were trained."""
 
     @property
     def learnt(self) -> int:
@@ -287,12 +289,42 @@ def _joined(git: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     return {**git, "dirty": dirty} | ({"earlier": earlier} if earlier else {})
 
 
+ROUNDING = ("device", "hardware", "threads", "bf16", "torch")
+"""What of an environment decides how sums are rounded, and so the last bits of logits."""
+
+
+def _moved(now: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment that trains, and others in which parts were trained before."""
+    earlier: list[dict[str, Any]] = []
+    for other in others:
+        for each in (*other.get("earlier", ()), other):
+            facts = {key: each[key] for key in ROUNDING if key in each}
+            known = [{key: e[key] for key in facts} for e in (now, *earlier)]
+            if facts and facts not in known:
+                earlier.append(facts)
+    return {**now, "earlier": earlier} if earlier else now
+
+
+def _other_rounding(earlier: list[dict[str, Any]], now: dict[str, Any]) -> str:
+    """Say that a cell goes on where sums are rounded otherwise."""
+    before = "; ".join(
+        ", ".join(f"{key} {facts[key]}" for key in facts if facts[key] != now[key])
+        for facts in earlier
+    )
+    here = sorted({key for facts in earlier for key in facts if facts[key] != now[key]})
+    return (
+        f"A part of this cell was trained with {before}; here it goes on with "
+        f"{', '.join(f'{key} {now[key]}' for key in here)}, which rounds sums otherwise. "
+        "Accuracies stay comparable; the logit drift may show the rounding, and is no evidence of "
+        "forgetting."
+    )
+
+
 def _record(
     cell: Cell,
     learner: Learner,
     course: Course,
     drift: LogitDrift,
-    device: torch.device,
     seconds: float,
 ) -> records.Record:
     """Put together what is known of a cell at its end, after so many seconds."""
@@ -323,7 +355,7 @@ def _record(
             "total": seconds,
             "tasks": course.seconds,
         },
-        "environment": environment(device),
+        "environment": course.environment,
         "git": course.git,
         "history": learner.history(),
         "search": learner.search(),
@@ -393,6 +425,8 @@ def run(
         Course(git, {name: [] for name in streams}) if state is None else Course(**state["course"])
     )
     course.git = _joined(git, course.git, *([] if within is None else [within["git"]]))
+    before_this = [course.environment, {} if within is None else within.get("environment", {})]
+    course.environment = _moved(environment(device), *before_this)
     if course.git["dirty"] and not git["dirty"]:
         states.ignored.append(f"{folder} was begun by changed code, and the record will say so")
     began = started
@@ -404,7 +438,8 @@ def run(
 
     def save_training(saved: dict[str, Any]) -> None:
         spent = time.perf_counter() - began
-        states.write_within(saved | {"spent": spent, "git": course.git})
+        here = {"spent": spent, "git": course.git, "environment": course.environment}
+        states.write_within(saved | here)
 
     saver = Saver(save_training, within, stop, save_every)
     with warnings.catch_warnings():
@@ -435,6 +470,8 @@ def run(
             "ignored": "; ".join(states.ignored) or None,
         }
     )
+    if earlier := course.environment.get("earlier"):
+        announce({"event": "warning", "text": _other_rounding(earlier, course.environment)})
 
     before = sum(course.seconds)
     for task in range(course.learnt, cell.experiment.tasks):
@@ -475,6 +512,6 @@ def run(
             }
         )
 
-    record = _record(cell, learner, course, drift, device, before + time.perf_counter() - started)
+    record = _record(cell, learner, course, drift, before + time.perf_counter() - started)
     announce({"event": "end", **{key: record[key] for key in ("accuracy", "logit_drift")}})
     return record

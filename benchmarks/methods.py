@@ -772,7 +772,7 @@ reports/trials/split_cifar_wide_reduced_l1.csv."""
 _PLAIN = {
     "pmnist": Settings(epochs=20),
     "quickstart": Settings(lr=0.004, epochs=40),
-    **dict.fromkeys(_NARROW, Settings(decay_from=1.0)),  # as SI's authors train this network
+    **dict.fromkeys(_NARROW, Settings(early_stopping=True)),
     **dict.fromkeys(_WIDE, Settings(early_stopping=True)),
 }
 """Of single_task, and so of finetune: they differ in what is forgotten and nothing else."""

@@ -20,6 +20,7 @@ from benchmarks.methods import METHODS, CLNPSettings, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.process import deterministic
 from benchmarks.quickstart import Quickstart
+from benchmarks.reporting.load import decode
 from benchmarks.resume import Terminated, load_state, save_state
 from benchmarks.shared import SharedTrials
 from benchmarks.states import STATE, TRAINING
@@ -372,6 +373,48 @@ def test_the_record_names_all_code_that_trained(images: Images, tmp_path: Path) 
     record = run_by("c", False, events.append)
     assert record["git"] == {"commit": "c", "dirty": True, "earlier": ["a", "b"]}
     assert "begun by changed code" in events[0]["ignored"]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_record_names_all_machines_that_trained(
+    within: bool,
+    images: Images,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: Any,
+) -> None:
+    """Sums are rounded otherwise there, so that a drift is no evidence of forgetting."""
+    cell, here = cell_of("clnp", images=images), cells.environment
+
+    def run_on(hardware: str, stop: int) -> list[dict[str, Any]]:
+        def changed(device: torch.device) -> dict[str, Any]:
+            return here(device) | {"hardware": hardware, "python": f"of {hardware}"}
+
+        events: list[dict[str, Any]] = []
+        monkeypatch.setattr(cells, "environment", changed)
+        with steps.stopping(stop), pytest.raises(Terminated):
+            run(cell, images, tmp_path, events.append)
+        return [event for event in events if event["event"] == "warning"]
+
+    first = 4 if within else 2 * EPOCH + 1
+    assert run_on("one", first) == []
+    (told,) = run_on("another", first + EPOCH)
+    assert "trained with hardware one; here it goes on with hardware another" in told["text"]
+    assert len(run_on("another", first + 2 * EPOCH)) == 1
+    monkeypatch.setattr(cells, "environment", here)
+    record = run(cell, images, tmp_path)
+    now = here(torch.device("cpu"))
+    facts = {key: now[key] for key in cells.ROUNDING}
+    assert record["environment"] == now | {
+        "earlier": [facts | {"hardware": "one"}, facts | {"hardware": "another"}]
+    }
+    assert without_times(record | {"environment": now}) == without_times(finished["clnp"])
+    decoded = decode(record)
+    assert decoded.moved
+    assert decoded.hardware.endswith(
+        " after another, cpu, {0} threads after one, cpu, {0} threads".format(now["threads"])
+    )
 
 
 def test_a_task_that_could_not_be_saved_is_saved_later(

@@ -96,7 +96,9 @@ class Cell:
     minutes: float
     """Training time."""
     hardware: str
-    """What it ran on: hardware, device and number of threads."""
+    """What it ran on: hardware, device and number of threads; and on what before, if it moved."""
+    moved: bool
+    """Whether parts of it ran where sums are rounded otherwise: then a drift tells nothing."""
     torch: str
     commit: str
     dirty: bool
@@ -157,8 +159,13 @@ def decode(record: dict[str, Any]) -> Cell:
         stored=int(record["parameters"]["stored"]),
         task_id=record["task_id_at_test"],
         minutes=float(record["seconds"]["train"]) / 60,
-        hardware=f"{environment['hardware']}, {environment['device']}, "
-        f"{environment['threads']} threads",
+        hardware=" after ".join(
+            dict.fromkeys(
+                f"{place['hardware']}, {place['device']}, {place['threads']} threads"
+                for place in (environment, *reversed(environment.get("earlier", [])))
+            )
+        ),
+        moved="earlier" in environment,
         torch=str(environment["torch"]),
         commit=str(record["git"]["commit"]),
         dirty=bool(record["git"]["dirty"]),
