@@ -77,14 +77,14 @@ class Work:
             raise UserError(f"--save-every {self.save_every:g}: give minutes above 0.")
         return 60 * self.save_every
 
-    def parallel(self, test: bool = True) -> Parallel | None:
-        """Return how cells run at once, if they do, with test data or without."""
+    def parallel(self) -> Parallel | None:
+        """Return how cells run at once, if they do."""
         if not self.on_ray:
             return None
         from benchmarks.cluster import Parallel
 
         data = None if self.data_dir is None else self.data_dir.resolve()
-        return Parallel(self.workers, self.ray_address, self.gpus_per_cell, self.device, data, test)
+        return Parallel(self.workers, self.ray_address, self.gpus_per_cell, self.device, data)
 
 
 Working = Annotated[Work, tyro.conf.arg(name="")]
@@ -320,7 +320,7 @@ def tune(options: Tune) -> int:
         work.data_dir,
         work.own_device,
         work.seconds,
-        work.parallel(test=False),
+        work.parallel(),
     )
     print(page.aligned(tables.tuning_table([result])))
     print(tuning.verdict(result))

@@ -117,7 +117,7 @@ def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
                         claims.close()
                         continue
                     book.running.append(cell)
-                    logs[cell.name] = _Tail(cell.run_dir(work.runs))
+                    logs[book.label(cell)] = _Tail(cell.run_dir(work.runs))
                     running[task.remote(cell, book.others(cell), *send)] = (cell, claims)
                 done, _ = ray.wait(list(running), timeout=LOOK_EVERY) if running else ([], [])
                 for name, log in logs.items():
@@ -125,9 +125,9 @@ def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
                         view.announce(name, event)
                 for reference in done:
                     cell, claims = running.pop(reference)
-                    del logs[cell.name]
+                    del logs[book.label(cell)]
                     with claims:
-                        book.ended(cell, _result(ray, reference, cell, view))
+                        book.ended(cell, _result(ray, reference, book.label(cell), view))
                         book.running.remove(cell)
                     book.tidy([*left, *(cell for cell, _ in running.values())])
         except BaseException:
@@ -256,14 +256,14 @@ def _shared(book: Book, cell: Cell) -> set[str]:
     return names
 
 
-def _result(ray: Any, reference: Any, cell: Cell, view: View) -> records.Record | Failure:
+def _result(ray: Any, reference: Any, name: str, view: View) -> records.Record | Failure:
     try:
         result: records.Record | Failure = ray.get(reference)
     except ray.exceptions.RayError as error:
         text = f"{type(error).__name__}: its process died {RETRIES + 1} times"
         if not isinstance(error, ray.exceptions.RaySystemError | ray.exceptions.WorkerCrashedError):
             text = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        view.announce(cell.name, {"event": "failed", "error": text})  # it could not say so itself
+        view.announce(name, {"event": "failed", "error": text})  # it could not say so itself
         return Failure(text)
     return result
 

@@ -276,11 +276,16 @@ class Book:
         """Return all cells but one."""
         return [other for other in self.todo if other is not cell]
 
+    def label(self, cell: Cell) -> str:
+        """Return a cell's name, with its hash where others have it too: a grid's candidates."""
+        alike = sum(other.name == cell.name for other in self.todo)
+        return cell.name if alike == 1 else f"{cell.name} ({cell.hash[:8]})"
+
     def taken(self, cell: Cell, claims: ExitStack) -> bool:
         """Claim a cell; return whether another process runs it, or has recorded it."""
         folder = cell.run_dir(self.work.runs)
         if not claims.enter_context(claimed(folder)):
-            self.elsewhere.append(f"{cell.name} ({named(folder)})")
+            self.elsewhere.append(f"{self.label(cell)} ({named(folder)})")
             self.unfinished.add(cell.trained_hash)
             return True
         if self.recorded(cell):
@@ -297,7 +302,7 @@ class Book:
             If the record cannot be written. What the cell has saved stays.
         """
         if isinstance(result, Failure):
-            self.failed.append(f"{cell.name}: {result.text}")
+            self.failed.append(f"{self.label(cell)}: {result.text}")
             self.unfinished.add(cell.trained_hash)
             if result.diverged and self.diverged is not None:
                 self.diverged(cell)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +193,8 @@ def _run_missing(
         print("The code has uncommitted changes; the result will say so.")
     todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
     work = Work(folder, git, share_first=True, save_every=save_every)
+    if parallel is not None:
+        parallel = replace(parallel, test=False)  # each process loads the data itself
     code = run_cells(todo, images, device, work, keep, diverged, parallel=parallel)
     if code == 0:
         records.write_tuning(path, account.result())

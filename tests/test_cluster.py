@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import cluster
+from benchmarks import cluster, tune
 from benchmarks.__main__ import main
 from benchmarks.cell import Cell
 from benchmarks.cluster import Needs, Parallel, resources
 from benchmarks.errors import UserError
+from benchmarks.methods import METHODS as REGISTRY
 from benchmarks.quickstart import Quickstart
 from benchmarks.runner import Failure, Places, Work, plan, run_grid
 
@@ -145,6 +147,27 @@ def test_candidates_of_a_search_are_tasks_too(nodes: Any, tmp_path: Path) -> Non
     assert run(tmp_path / "alone", grid, None) == 0
     assert run(tmp_path / "ray", grid, Parallel(device="cpu")) == 0
     assert records_of(tmp_path / "ray") == records_of(tmp_path / "alone")
+
+
+def test_candidates_of_a_grid_at_once_are_told_apart(
+    nodes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They have experiment, method and seed in common, and so their names."""
+    asked = tune.Request(replace(TINY, tasks=2), REGISTRY["ewc"], (100,))
+    means, out = [], ""
+    for name, parallel in (("alone", None), ("ray", Parallel(workers=2, device="cpu"))):
+        folder = tmp_path / name
+        places = (folder / "tuning", folder / "runs", None, torch.device("cpu"))
+        code, result = tune.run(asked, *places, save_every=0.01, parallel=parallel)
+        assert code == 0
+        means.append([candidate["mean"] for candidate in result["candidates"]])
+        out = capsys.readouterr().out
+    assert means[0] == means[1]
+    assert None not in means[0]
+    first_words = {line.partition(":")[0] for line in out.splitlines() if "task 2/2" in line}
+    assert len(first_words) == 4
+    assert "validation" in out
+    assert "test" not in out  # no process has loaded test data
 
 
 def test_a_failing_cell_is_named_and_the_others_go_on(
