@@ -195,7 +195,10 @@ class Setup:
 
     def _best_epoch(self, together: int | None) -> BestEpoch:
         if "valid" not in self.scenario.streams:
-            raise UserError("early_stopping needs validation images: --validation is above 0.")
+            raise UserError(
+                "early_stopping needs validation images: --validation above 0, or the last epoch's "
+                "weights by --set METHOD.early_stopping=False."
+            )
         return BestEpoch(self.scenario.streams["valid"], together)
 
 

@@ -192,7 +192,7 @@ def test_what_a_custom_experiment_changes_is_told_and_what_holding_out_costs(
     tmp_path: Path,
 ) -> None:
     whole = record_of("pmnist", "clnp", 0)
-    whole["config"]["experiment"] |= {"validation": 10_000, "epochs": 60}
+    whole["config"]["experiment"] |= {"validation": 10_000, "epochs": 60, "settings": []}
     put(tmp_path, whole)
     name = "pmnist-custom-1234"
     changed = {**whole["config"]["experiment"], "name": name, "validation": 0}
@@ -208,7 +208,17 @@ def test_what_a_custom_experiment_changes_is_told_and_what_holding_out_costs(
     (table,) = [table for table in details if table.name == "per_task"]
     assert list(table.text["Method"]) == ["CLNP", "CLNP, nothing held out"]
     assert table.text["Mean"].iloc[1] == table.text["Task 1"].iloc[1] == "50.00"
+    # Nothing is left to stop early by, so that the last epoch counts.
+    less["config"]["experiment"] = changed | {"settings": ["clnp.early_stopping=False"]}
+    put(tmp_path, less)
+    details = page.section(tmp_path, "pmnist", target, tmp_path).details
+    (table,) = [table for table in details if table.name == "per_task"]
+    assert table.text["Method"].iloc[1] == "CLNP, nothing held out (last epoch)"
     # With another change as well it would tell something else.
+    less["config"]["experiment"] = changed | {"settings": ["si.early_stopping=False"]}
+    put(tmp_path, less)
+    cells, _ = load.cells(tmp_path, "pmnist", paper=True)
+    assert load.without_holdout(tmp_path, "pmnist", cells[0]) == []
     less["config"]["experiment"] = changed | {"epochs": 1}
     put(tmp_path, less)
     cells, _ = load.cells(tmp_path, "pmnist", paper=True)

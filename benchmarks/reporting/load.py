@@ -184,13 +184,21 @@ def changes(cell: Cell, preset: Cell) -> dict[str, Any]:
 
 
 def without_holdout(records_dir: Path, experiment: str, preset: Cell) -> list[Cell]:
-    """Return the cells that differ from a preset's in nothing but that no image is held out."""
+    """Return the cells that differ from a preset's in nothing but that no image is held out.
+
+    Without images to stop early by they keep the last epoch, if the method's settings do not.
+    """
     found = []
     for name in experiments(records_dir):
         if is_custom(name) and name.rpartition("-custom-")[0] == experiment:
             mine, _ = cells(records_dir, name, paper=True)
-            found += [cell for cell in mine if changes(cell, preset) == {"validation": 0}]
+            found += [cell for cell in mine if _holds_nothing_out(changes(cell, preset), cell)]
     return found
+
+
+def _holds_nothing_out(changed: dict[str, Any], cell: Cell) -> bool:
+    follows = {"settings": [f"{cell.method}.early_stopping=False"]}
+    return changed in ({"validation": 0}, {"validation": 0, **follows})
 
 
 def experiments(records_dir: Path) -> list[str]:

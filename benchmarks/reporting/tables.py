@@ -753,7 +753,10 @@ def per_task_table(
                 }
                 for j in tasks
             ]
-            name = label(str(method)) + ("" if held_out else ", nothing held out")
+            name = label(str(method))
+            if not held_out:
+                last_epoch = any("early_stopping=False" in cell.settings for cell in mine)
+                name += ", nothing held out" + (" (last epoch)" if last_epoch else "")
             n = str(max(summary.n for summary in last))
             lines.append(_task_line(name, n, [summary.mean for summary in last]))
     csv = "The CSV also has the accuracy just after learning and deviations."
