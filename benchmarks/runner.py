@@ -416,7 +416,7 @@ def run_cells(
     except KeyboardInterrupt:
         print("Stopped. Finished cells are recorded.")
         for cell in book.running:
-            print(f"{cell.name}: {saved(cell, work.runs)}")
+            print(f"{book.label(cell)}: {saved(cell, work.runs)}")
         print("The same command goes on from there.")
         # Not from what was raised: Ray makes a plain KeyboardInterrupt of it.
         return 128 + (stop.asked or signal.SIGINT)
