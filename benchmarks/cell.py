@@ -273,7 +273,7 @@ class Course:
     """Of each task, evaluation included."""
     train_seconds: float = 0.0
     environment: dict[str, Any] = field(default_factory=dict)
-    """See `environment`; ``earlier``: those with other bits in which parts of it were trained."""
+    """See `environment`; ``earlier``: those with other rounding in which parts were trained."""
 
     @property
     def learnt(self) -> int:
@@ -293,30 +293,29 @@ ROUNDING = ("device", "hardware", "threads", "bf16", "torch")
 """What of an environment decides how sums are rounded, and so the last bits of logits."""
 
 
-def _moved(now: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+def _rounding(environment: dict[str, Any]) -> dict[str, Any]:
+    return {key: environment[key] for key in ROUNDING}
+
+
+def _moved(now: dict[str, Any], *before: dict[str, Any]) -> dict[str, Any]:
     """Return the environment that trains, and others in which parts were trained before."""
-    earlier: list[dict[str, Any]] = []
-    for other in others:
-        for each in (*other.get("earlier", ()), other):
-            facts = {key: each[key] for key in ROUNDING if key in each}
-            known = [{key: e[key] for key in facts} for e in (now, *earlier)]
-            if facts and facts not in known:
-                earlier.append(facts)
+    found = [_rounding(each) for other in before for each in (*other.get("earlier", ()), other)]
+    earlier = [f for i, f in enumerate(found) if f != _rounding(now) and f not in found[:i]]
     return {**now, "earlier": earlier} if earlier else now
 
 
 def _other_rounding(earlier: list[dict[str, Any]], now: dict[str, Any]) -> str:
     """Say that a cell goes on where sums are rounded otherwise."""
     before = "; ".join(
-        ", ".join(f"{key} {facts[key]}" for key in facts if facts[key] != now[key])
+        ", ".join(f"{key} {facts[key]}" for key in ROUNDING if facts[key] != now[key])
         for facts in earlier
     )
-    here = sorted({key for facts in earlier for key in facts if facts[key] != now[key]})
+    here = [key for key in ROUNDING if any(facts[key] != now[key] for facts in earlier)]
     return (
         f"A part of this cell was trained with {before}; here it goes on with "
-        f"{', '.join(f'{key} {now[key]}' for key in here)}, which rounds sums otherwise. "
-        "Accuracies stay comparable; the logit drift may show the rounding, and is no evidence of "
-        "forgetting."
+        f"{', '.join(f'{key} {now[key]}' for key in here)}, which rounds sums otherwise, so that "
+        "the numbers are not those of one machine. Logits that had not changed there are compared "
+        "with those here."
     )
 
 
@@ -425,8 +424,8 @@ def run(
         Course(git, {name: [] for name in streams}) if state is None else Course(**state["course"])
     )
     course.git = _joined(git, course.git, *([] if within is None else [within["git"]]))
-    before_this = [course.environment, {} if within is None else within.get("environment", {})]
-    course.environment = _moved(environment(device), *before_this)
+    begun = [course.environment, {} if within is None else within.get("environment", {})]
+    course.environment = _moved(environment(device), *(known for known in begun if known))
     if course.git["dirty"] and not git["dirty"]:
         states.ignored.append(f"{folder} was begun by changed code, and the record will say so")
     began = started
@@ -456,6 +455,10 @@ def run(
     if state is not None:
         learner.restore(state["learner"])
         drift.load_state_dict(state["drift"])
+        if begun[0] and _rounding(begun[0]) != _rounding(course.environment):
+            drift.rebase()
+            stream = streams.get("test", streams.get("validation"))
+            measure(learner.strategy, stream, learner.learnt(course.learnt))
         # A task reseeds what it draws; this is for a method that draws between tasks.
         torch.set_rng_state(state["rng"])
     announce(

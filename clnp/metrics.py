@@ -106,6 +106,16 @@ class LogitDrift(PluginMetric[float]):
         self._reference = {index: kept.cpu() for index, kept in state["reference"].items()}
         self._drift = dict(state["drift"])
 
+    def rebase(self) -> None:
+        """Go on where sums are rounded otherwise, as on another machine: last bits differ there.
+
+        Experiences whose logits have not changed so far are compared with those of the next
+        evaluation, which is to come before any training; it is the network that gave the old ones.
+        Others keep theirs, since their drift counts from there; it may include the rounding.
+        """
+        changed = {index for index, drift in self._drift.items() if drift != 0.0}
+        self._reference = {i: kept for i, kept in self._reference.items() if i in changed}
+
     def __str__(self) -> str:
         return "LogitDrift"
 

@@ -226,3 +226,17 @@ def test_state_goes_on_where_it_was() -> None:
         strategy.train(experience, eval_streams=[])
         strategy.eval(bench.test_stream)
     assert second.drift() == whole.drift()
+
+
+def test_a_new_base_hides_nothing() -> None:
+    """Before and after it forgetting counts from the same logits."""
+    whole, rebased = LogitDrift(), LogitDrift()
+    learn(with_metric(whole))
+    bench, strategy = benchmark(), with_metric(rebased)
+    for experience in bench.train_stream:
+        strategy.train(experience, eval_streams=[])
+        strategy.eval(bench.test_stream)
+        rebased.rebase()
+        strategy.eval(bench.test_stream)
+    assert rebased.drift() == whole.drift()
+    assert whole.drift()[0] > 0

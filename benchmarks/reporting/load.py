@@ -97,8 +97,6 @@ class Cell:
     """Training time."""
     hardware: str
     """What it ran on: hardware, device and number of threads; and on what before, if it moved."""
-    moved: bool
-    """Whether parts of it ran where sums are rounded otherwise: then a drift tells nothing."""
     torch: str
     commit: str
     dirty: bool
@@ -165,7 +163,6 @@ def decode(record: dict[str, Any]) -> Cell:
                 for place in (environment, *reversed(environment.get("earlier", [])))
             )
         ),
-        moved="earlier" in environment,
         torch=str(environment["torch"]),
         commit=str(record["git"]["commit"]),
         dirty=bool(record["git"]["dirty"]),
