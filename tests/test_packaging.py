@@ -11,6 +11,8 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,7 @@ from types import ModuleType
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +68,20 @@ def test_code_and_changelog_speak_of_this_version() -> None:
     code = (ROOT / "clnp" / "__init__.py").read_text()
     assert f'__version__ = "{PROJECT["version"]}"' in code
     assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_first_python_that_is_promised_takes_every_pinned_version() -> None:
+    """A pin that doesn't makes pip search for minutes, and give up without naming it."""
+    (lowest,) = (spec.version for spec in SpecifierSet(PROJECT["requires-python"]))
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    asked = {}
+    for name, version in (line.split("==") for line in lines if not line.startswith("#")):
+        with suppress(PackageNotFoundError):  # of another platform
+            found = metadata(name)
+            if found["Version"].partition("+")[0] == version:
+                asked[name] = SpecifierSet(found["Requires-Python"] or "")
+    assert len(asked) > 100
+    assert not [name for name, pythons in asked.items() if not pythons.contains(f"{lowest}.0")]
 
 
 def test_constraints_pin_every_dependency_within_its_range() -> None:
