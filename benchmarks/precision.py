@@ -1,13 +1,14 @@
 """Forward passes in bfloat16, on any device at a speed worth having.
 
-Where a CPU has no instructions for bfloat16, torch's kernels for it are tens of times slower than
-those for float32. The product of two bfloat16 numbers is exact in float32, so that float32 kernels
-on operands rounded to bfloat16 do the same arithmetic, if the result is rounded as well. Only the
-order of the sums differs, as it does between any two devices.
+Where a CPU has no instructions for bfloat16, torch's kernels for it are several to tens of times
+slower than those for float32. The product of two bfloat16 numbers is exact in float32, so that
+float32 kernels on operands rounded to bfloat16 do the same arithmetic, if the result is rounded as
+well. Only the order of the sums differs, as it does between any two devices.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +34,10 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 """What `Float32Kernels` computes; the rest of autocast's list keeps its slow kernels."""
+
+
+INSTRUCTIONS = ("avx512_bf16", "amx_tile")
+"""What multiplies bfloat16 numbers on x86, of which a CPU needs one."""
 
 
 class Float32Kernels(TorchFunctionMode):
@@ -73,9 +78,10 @@ def _rounded(value: Any) -> Any:
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether torch's own bfloat16 kernels are fast on a device.
 
-    On a CPU they are if oneDNN takes them: that asks for AVX512 or the bfloat16 instructions of
-    x86 or Arm. Otherwise torch falls back on plain loops. NVIDIA's GPUs before Ampere emulate it,
-    and have no convolutions for it.
+    On a CPU they are if it has instructions for bfloat16. oneDNN takes them where AVX512 is all
+    that there is, and is slower by it than float32 is: 4 times in the permuted-MNIST network. What
+    it refuses runs in plain loops. NVIDIA's GPUs before Ampere emulate bfloat16, and have no
+    convolutions for it.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -84,7 +90,12 @@ def has_fast_bf16(device: torch.device) -> bool:
         return True
     if not torch.backends.mkldnn.is_available():
         return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    taken = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return taken
+    # torch 2.4 lacks these questions.
+    asked = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in INSTRUCTIONS]
+    return taken and (None in asked or any(ask() for ask in asked if ask is not None))
 
 
 def bf16_kernels(device: torch.device) -> str:

@@ -157,6 +157,38 @@ def test_gpus_that_emulate_take_float32_kernels(own: bool, monkeypatch: pytest.M
     assert has_fast_bf16.__wrapped__(torch.device("cuda")) is own
 
 
+@pytest.mark.parametrize(
+    ("machine", "taken", "instructions", "fast"),
+    [
+        ("x86_64", True, {"avx512_bf16": True, "amx_tile": True}, True),
+        ("x86_64", True, {"avx512_bf16": True, "amx_tile": False}, True),  # Zen 4
+        ("AMD64", True, {"avx512_bf16": False, "amx_tile": True}, True),
+        ("x86_64", True, {"avx512_bf16": False, "amx_tile": False}, False),  # AVX512 alone
+        ("AMD64", False, {"avx512_bf16": False, "amx_tile": False}, False),
+        ("x86_64", True, {}, True),  # an old torch, which can't say
+        ("x86_64", False, {}, False),
+        ("aarch64", True, {"avx512_bf16": False, "amx_tile": False}, True),
+        ("aarch64", False, {"avx512_bf16": False, "amx_tile": False}, False),
+    ],
+)
+def test_cpus_without_instructions_take_float32_kernels(
+    machine: str,
+    taken: bool,
+    instructions: dict[str, bool],
+    fast: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """OneDNN's bf16 kernels run on AVX512 alone too, slower than those for float32."""
+    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: taken)
+    for name in precision.INSTRUCTIONS:
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+    for name, has in instructions.items():
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=has: has, raising=False)
+    assert has_fast_bf16.__wrapped__(CPU) is fast
+
+
 def test_devices_with_kernels_of_their_own_keep_them(monkeypatch: pytest.MonkeyPatch):
     assert has_fast_bf16(torch.device("mps"))
     calls = []
