@@ -95,8 +95,9 @@ Working = Annotated[Work, tyro.conf.arg(name="")]
 class Run:
     """Train and evaluate the cells of an experiment that have no record yet, then report.
 
-    --tasks, --epochs, --precision and --set turn the experiment into another one, with a name of
-    its own (pmnist-custom-1a2b), whose records never fill the tables of the first.
+    --tasks, --epochs, --precision, --validation, --augment, --pool and --set turn the experiment
+    into another one, with a name of its own (pmnist-custom-1a2b), whose records never fill the
+    tables of the first.
     """
 
     experiment: tyro.conf.Positional[str]
@@ -118,6 +119,9 @@ class Run:
     """Held-out training data: images of permuted MNIST, the share of each class of split CIFAR."""
     augment: bool = False
     """Shift and mirror training images at random (split CIFAR)."""
+    pool: Literal[2, 3] | None = None
+    """Kernel of the narrow network's max pooling: 2 as in SI's code, or 3 as in the paper's Table
+    2."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """Settings of methods to change, such as clnp.margin=0.001 clnp.l1=1e-7,1e-5,1e-6."""
     deterministic: bool = False
@@ -271,6 +275,10 @@ def experiment_of(options: Run) -> Experiment:
         if not any(field.name == "augment" for field in fields(preset)):
             raise UserError(f"{preset.preset} can't be augmented: --augment is for split CIFAR.")
         overrides["augment"] = True
+    if options.pool is not None:
+        if not any(field.name == "pool" for field in fields(preset)):
+            raise UserError(f"{preset.preset} has no --pool: it is for the narrow network.")
+        overrides["pool"] = options.pool
     if options.epochs is not None:
         overrides["method_epochs"] = False
     return preset(**overrides, settings=options.settings)

@@ -242,6 +242,8 @@ class SISettings(Settings):
         super().__post_init__()
         require(self.strength >= 0, "strength", self.strength, "at least 0")
         require(self.xi > 0, "xi", self.xi, "positive")
+        # The path is the last epoch's: an earlier one's weights are not where it ended.
+        require(not self.early_stopping, "early_stopping", True, "False for SI")
 
 
 def _si(setup: Setup, settings: SISettings) -> Learner:
@@ -592,6 +594,8 @@ class PackNetSettings(Settings):
         super().__post_init__()
         require(self.prune is None or 0 <= self.prune <= 1, "prune", self.prune, "within [0, 1]")
         require(0 <= self.retrain < 1, "retrain", self.retrain, "within [0, 1)")
+        # The best epoch may lie before the cut, whose masks would then be lost.
+        require(not self.early_stopping, "early_stopping", True, "False for PackNet")
         # The plugin makes a fresh optimizer a task: an old state would move frozen weights.
         require(self.reset_optimizer, "reset_optimizer", False, "True")
 

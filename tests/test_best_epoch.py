@@ -123,3 +123,10 @@ def test_clnp_has_its_own() -> None:
     settings = METHODS["clnp"].settings["quickstart"]
     with pytest.raises(UserError, match="keep_epoch"):
         dataclasses.replace(settings, early_stopping=True)
+
+
+@pytest.mark.parametrize(("method", "name"), [("si", "SI"), ("packnet", "PackNet")])
+def test_what_gathers_to_the_last_epoch_keeps_that(method: str, name: str) -> None:
+    asked = Quickstart(settings=(f"{method}.early_stopping=True",))
+    with pytest.raises(UserError, match=f"early_stopping is True; it must be False for {name}"):
+        METHODS[method].settings_for(asked)

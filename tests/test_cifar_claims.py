@@ -248,19 +248,35 @@ def test_figure_of_final_accuracies_has_the_numbers_and_no_unlearnt_task() -> No
     assert picture.pdf.startswith(b"%PDF")
 
 
+def test_a_task_that_one_seed_lacks_is_the_mean_of_the_others_everywhere() -> None:
+    cells = [cell("clnp_m2", [*TEN[:9], NAN, NAN]), cell("clnp_m2", [*TEN, NAN], seed=1)]
+    text = tables.per_task_table(cells).text.iloc[0]
+    final = tables.final_frame(cells, "test").set_index("task")["accuracy"]
+    assert (text["Task 10"], text["Task 11"]) == (f"{final[10]:.2f} (n = 1)", "—")
+    assert text["Task 9"] == f"{final[9]:.2f}"
+    means = [np.nanmean(one.test[-1]) for one in cells]
+    assert text["Mean"] == f"{np.mean(means):.2f}, over 9 of 11 tasks"  # as in the main table
+    matrix = tables.matrix_frame(cells).query("after_task == 11").set_index("on_task")
+    assert matrix["n"].tolist() == [2] * 9 + [1]
+    assert matrix["accuracy"].tolist() == final.tolist()
+    lines = tables.over_tasks_frame(cells).query("seed == 'mean'")
+    assert lines["after_task"].tolist() == list(range(1, 12))
+    assert lines["learnt_tasks"].iloc[-1] == pytest.approx(np.mean(means))
+
+
 def test_a_task_that_finds_no_free_unit_is_marked() -> None:
     full = [cell("clnp_m1", SI, FULL, s) for s in range(2)]
     last = {**FULL, "fc": [0.4, 0.7, 0.9, 0.95, 1.0, 1.0]}
     frame = tables.final_frame(full, "validation")
-    assert frame["depleted"].tolist() == [False] * 4 + [True] * 2  # full after the fourth task
+    assert frame["depleted"].tolist() == [0] * 4 + [2] * 2  # full after the fourth task
+    whole = figures.final(frame, "fig4a", "", "validation").png
     frame = tables.final_frame([full[0], cell("clnp_m1", SI, last, 1)], "validation")
-    assert frame["depleted"].tolist() == [False] * 5 + [True]
+    assert frame["depleted"].tolist() == [0] * 4 + [1, 2]
+    assert figures.final(frame, "fig4a", "", "validation").png != whole  # 1/2 at the fifth
     # Of a single head: the eleventh task could not be learnt, and has no row.
     rows = tables.final_frame([cell("clnp_m2", [*TEN, NAN], GROWN)], "test")
-    assert rows["depleted"].tolist() == [False] * 10
-    assert figures.final(frame, "fig4a", "", "validation").png != (
-        figures.final(frame.assign(depleted=False), "fig4a", "", "validation").png
-    )
+    assert rows["depleted"].tolist() == [0] * 10
+    assert figures.final(frame.assign(depleted=0), "fig4a", "", "validation").png != whole
 
 
 @pytest.mark.parametrize("experiment", ["split_cifar_reduced", "split_cifar_wide_reduced"])

@@ -455,6 +455,8 @@ def test_methods_of_the_presets_exist() -> None:
 def test_options_reach_the_fields_of_the_experiment() -> None:
     split = experiment_of(Run("split_cifar", validation=0.2, augment=True))
     assert (vars(split)["validation"], vars(split)["augment"]) == (0.2, True)
+    assert vars(experiment_of(Run("split_cifar", pool=3)))["pool"] == 3
+    assert experiment_of(Run("split_cifar", pool=2)).name == "split_cifar"
     permuted = experiment_of(Run("pmnist", validation=0.0))
     assert vars(permuted)["validation"] == 0
     assert isinstance(vars(permuted)["validation"], int)
@@ -468,6 +470,7 @@ def test_options_reach_the_fields_of_the_experiment() -> None:
         ({"experiment": "pmnist", "validation": -1.0}, "at least 0"),
         ({"experiment": "split_cifar", "validation": 1.0}, "below 1"),
         ({"experiment": "pmnist", "augment": True}, "--augment is for split CIFAR"),
+        ({"experiment": "split_cifar_wide", "pool": 3}, "it is for the narrow network"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], says: str) -> None:

@@ -409,7 +409,7 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
 def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "") -> Picture:
     """Draw the accuracy on each task after the last one, as in the paper's Fig. 4a and 5a.
 
-    Hollow markers: the task found the network depleted.
+    Hollow markers: the task found the network depleted, with k/n beside it if k of n seeds did.
 
     Parameters
     ----------
@@ -442,7 +442,7 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "
                 elinewidth=0.8,
                 label=label(method),
             )
-            hollow = mine[mine["depleted"]]
+            hollow = mine[mine["depleted"] > 0]
             axes.plot(
                 hollow["task"] + shift,
                 hollow["accuracy"],
@@ -452,6 +452,16 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "
                 linestyle="none",
                 zorder=3,
             )
+            for _, row in hollow[hollow["depleted"] < hollow["n"]].iterrows():
+                axes.annotate(
+                    f"{row['depleted']}/{row['n']}",
+                    (row["task"] + shift, row["accuracy"]),
+                    (3, -3),
+                    textcoords="offset points",
+                    verticalalignment="top",
+                    fontsize=6,
+                    color=colour,
+                )
         axes.set_xlabel("Task")
         axes.set_ylabel(f"{part.capitalize()} accuracy (%)")
         axes.set_title(mark)

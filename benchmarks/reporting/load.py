@@ -281,8 +281,8 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
         missing = [str(task + 1) for task in np.flatnonzero(np.isnan(cell.test[-1]))]
         if missing:
             notes.append(
-                f"{cell.name}: task{'s' if len(missing) > 1 else ''} {', '.join(missing)} not "
-                "learnt; its means are over the others."
+                f"{cell.name} has not learnt task{'s' if len(missing) > 1 else ''} "
+                f"{', '.join(missing)}; its means are over the others."
             )
     for cell in kept:
         margin = 100 * (json.loads(cell.settings)["method"].get("margin") or 0)

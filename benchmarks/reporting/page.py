@@ -133,7 +133,8 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
                 tables.final_frame(cells, of_tasks["part"]),
                 of_tasks["file"],
                 f"{of_tasks['caption']}; means over seeds and their deviations. Hollow: no "
-                f"unit was free in the last hidden layer when the task came. {note}",
+                f"unit was free in the last hidden layer when the task came (k/n: at k of n "
+                f"seeds). {note}",
                 of_tasks["part"],
                 mark,
             )

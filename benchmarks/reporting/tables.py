@@ -18,6 +18,7 @@ from benchmarks.records import Tuning
 from benchmarks.reporting.load import SEARCH, Cell, Targets, label, rank
 from benchmarks.reporting.stats import (
     NAN,
+    Summary,
     backward_transfer,
     holm,
     mean_accuracy,
@@ -252,8 +253,14 @@ def _accounts(tunings: Sequence[Tuning]) -> list[tuple[Tuning, bool]]:
 
 def _configurations(tuning: Tuning) -> int:
     """Return how many different configurations of a method were tried, earlier ones included."""
-    candidates = [c for account, _ in _accounts([tuning]) for c in account["candidates"]]
-    return len({canonical(candidate["changed"]) for candidate in candidates if candidate["runs"]})
+    return len(
+        {
+            (account["revision"], canonical(candidate["changed"]))
+            for account, _ in _accounts([tuning])
+            for candidate in account["candidates"]
+            if candidate["runs"]
+        }
+    )
 
 
 def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -262,18 +269,17 @@ def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Columns after_task and on_task (from 1), accuracy (%), n.
+        Columns after_task and on_task (from 1), accuracy (%): mean over the seeds that have
+        learnt the task, and n, their number; no row where n is 0.
     """
-    mean = np.mean([cell.test for cell in cells], axis=0)
-    return pd.DataFrame(
-        [
-            {"after_task": i + 1, "on_task": j + 1, "accuracy": mean[i, j], "n": len(cells)}
-            for i in range(len(mean))
-            for j in range(i + 1)
-            if not np.isnan(mean[i, j])
-        ],
-        columns=["after_task", "on_task", "accuracy", "n"],
-    )
+    every = np.array([cell.test for cell in cells])
+    rows = []
+    for i in range(every.shape[1]):
+        for j in range(i + 1):
+            values = every[np.isfinite(every[:, i, j]), i, j]
+            if len(values):
+                rows.append((i + 1, j + 1, values.mean(), len(values)))
+    return pd.DataFrame(rows, columns=["after_task", "on_task", "accuracy", "n"])
 
 
 def over_tasks_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -283,24 +289,24 @@ def over_tasks_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns method, seed ("mean" for the mean over seeds), after_task (from 1), learnt_tasks:
-        mean accuracy over the tasks learnt so far, first_task: accuracy on task 1, both in %.
+        mean accuracy over the tasks that the seed has learnt so far, first_task: accuracy on task
+        1, both in %.
     """
-    rows = []
+    parts = []
     for method, mine in by_method(cells).items():
-        series: list[tuple[int | str, Any]] = [(cell.seed, cell.test) for cell in mine]
-        series.append(("mean", np.mean([cell.test for cell in mine], axis=0)))
-        for seed, matrix in series:
-            rows += [
-                {
-                    "method": method,
-                    "seed": seed,
-                    "after_task": i + 1,
-                    "learnt_tasks": mean_of_learnt(matrix[i, : i + 1]),
-                    "first_task": matrix[i, 0],
-                }
-                for i in range(len(matrix))
-            ]
-    return pd.DataFrame(rows).dropna(subset=["learnt_tasks"]).reset_index(drop=True)
+        seeds = pd.DataFrame(
+            [
+                (cell.seed, i + 1, mean_of_learnt(cell.test[i, : i + 1]), cell.test[i, 0])
+                for cell in mine
+                for i in range(len(cell.test))
+            ],
+            columns=["seed", "after_task", "learnt_tasks", "first_task"],
+        )
+        mean = seeds.drop(columns="seed").groupby("after_task").mean().reset_index()
+        parts.append(pd.concat([seeds, mean.assign(seed="mean")]).assign(method=method))
+    columns = ["method", "seed", "after_task", "learnt_tasks", "first_task"]
+    frame = pd.concat(parts)[columns]
+    return frame.dropna(subset=["learnt_tasks"]).reset_index(drop=True)
 
 
 def final_frame(cells: Sequence[Cell], part: str) -> pd.DataFrame:
@@ -317,18 +323,19 @@ def final_frame(cells: Sequence[Cell], part: str) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns method, task (from 1), accuracy: mean over the seeds that have learnt the task, and
-        sd, both in %, n, their number, and depleted: whether no seed had a free unit in the last
+        sd, both in %, n, their number, and depleted: how many of them had no free unit in the last
         hidden layer when the task came; no row where n is 0.
     """
     rows = []
     for method, mine in by_method(cells).items():
-        empty = np.all([_depleted(cell) for cell in mine], axis=0)
+        empty = np.array([_depleted(cell) for cell in mine])
         final = np.array([getattr(cell, part)[-1] for cell in mine])
         for task in range(final.shape[1]):
-            values = final[np.isfinite(final[:, task]), task]
+            learnt = np.isfinite(final[:, task])
+            values, without = final[learnt, task], int(empty[learnt, task].sum())
             if len(values):
                 sd = values.std(ddof=1) if len(values) > 1 else np.nan
-                rows.append((method, task + 1, values.mean(), sd, len(values), bool(empty[task])))
+                rows.append((method, task + 1, values.mean(), sd, len(values), without))
     return pd.DataFrame(rows, columns=["method", "task", "accuracy", "sd", "n", "depleted"])
 
 
@@ -645,9 +652,10 @@ def main_table(
         "Ours: mean ± sample deviation over seeds; one seed: n = 1, no deviation, no interval.",
         "BWT: backward transfer in points, mean change of a task's accuracy from just after "
         "learning it to the end. Logit drift: largest change of any old task's logits. Task id: "
-        "needed at test. Trainable: numbers in the network. Stored: numbers needed to run all "
-        f"tasks. Training: time of one seed, {hardware(cells)}. Tried: configurations compared on "
-        "validation data to choose the method's settings; a dash: not tuned.",
+        "needed at test. Trainable: numbers in the network. Stored: numbers needed to go on "
+        "after all tasks: weights, importances, contexts, masks, images in a memory; without "
+        f"the optimizer's. Training: time of one seed, {hardware(cells)}. Tried: configurations "
+        "compared on validation data to choose the method's settings; a dash: not tuned.",
         seeds_note(cells),
     ]
     if target:
@@ -739,8 +747,8 @@ def per_task_table(
     rows, lines = [], []
     for held_out, some in ((True, cells), (False, whole)):
         for method, mine in by_method(some).items():
-            last = [summarise([cell.test[-1, j] for cell in mine]) for j in tasks]
-            just = [summarise([cell.test[j, j] for cell in mine]) for j in tasks]
+            last = [_of_learnt([cell.test[-1, j] for cell in mine]) for j in tasks]
+            just = [_of_learnt([cell.test[j, j] for cell in mine]) for j in tasks]
             rows += [
                 {
                     "method": method,
@@ -757,12 +765,15 @@ def per_task_table(
             if not held_out:
                 last_epoch = any("early_stopping=False" in cell.settings for cell in mine)
                 name += ", nothing held out" + (" (last epoch)" if last_epoch else "")
-            n = str(max(summary.n for summary in last))
-            lines.append(_task_line(name, n, [summary.mean for summary in last]))
+            mean = summarise([mean_accuracy(cell.test) for cell in mine]).mean
+            lines.append(_task_line(name, last, mean, len(mine)))
     csv = "The CSV also has the accuracy just after learning and deviations."
     notes = [note for note in (split_note(cells), csv, seeds_note(cells)) if note]
     if others := (target or {}).get("per_task"):
-        lines += [_task_line(row["name"], NONE, row["accuracy"]) for row in others["rows"]]
+        for row in others["rows"]:
+            theirs = [summarise([value]) for value in row["accuracy"]]
+            line = _task_line(row["name"], theirs, float(np.mean(row["accuracy"])), 1)
+            lines.append(line | {"n": NONE})
         notes.insert(0, others["note"])
     return Table(
         name="per_task",
@@ -773,13 +784,23 @@ def per_task_table(
     )
 
 
-def _task_line(name: str, n: str, values: Sequence[float]) -> dict[str, str]:
-    """Return a row of accuracies, by task and their mean."""
+def _of_learnt(values: Sequence[float]) -> Summary:
+    """Summarise one value a seed, over the seeds that have one."""
+    return summarise([value for value in values if np.isfinite(value)])
+
+
+def _task_line(name: str, tasks: Sequence[Summary], mean: float, n: int) -> dict[str, str]:
+    """Return a row of accuracies, by task and their mean; of fewer seeds than n where it says."""
+    learnt = sum(task.n == n for task in tasks)
+    short = f", over {learnt} of {len(tasks)} tasks" if learnt < len(tasks) else ""
     return {
         "Method": name,
-        "n": n,
-        **{f"Task {j + 1}": number(value) for j, value in enumerate(values)},
-        "Mean": number(float(np.nanmean(values))) if np.isfinite(values).any() else NONE,
+        "n": str(n),
+        **{
+            f"Task {j + 1}": number(task.mean) + (f" (n = {task.n})" if 0 < task.n < n else "")
+            for j, task in enumerate(tasks)
+        },
+        "Mean": number(mean) + short,
     }
 
 
@@ -902,9 +923,10 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
     if budgets:
         told = (f"{', '.join(methods)}: {budget}" for budget, methods in budgets.items())
         notes.append(
-            f"Budget: {'; '.join(told)}. It is up to 4 configurations over the first 3 tasks; over "
-            "all tasks where 3 can't tell, since penalties stiffen, or units or a memory run out, "
-            "with the number of tasks."
+            f"Budget: {'; '.join(told)}. A grid has up to 4 configurations, over the first 3 "
+            "tasks; over all tasks where 3 can't tell, since penalties stiffen, or units or a "
+            "memory run out, with the number of tasks. A method that is named more than once has "
+            "had an earlier grid as well, so that more of it was tried than of the others."
         )
     return Table(
         name="tuning",
