@@ -771,7 +771,7 @@ _CLNP_WIDE = CLNPSettings(
 _CLNP_WIDE_REDUCED = dataclasses.replace(
     _CLNP_WIDE, grid_l1=(), grid_lr=(), l1=(3e-3, 3e-3, 3e-3, 5e-3, 2e-2, 2e-2)
 )
-"""With few steps and channels the last hidden layer would be full after a task or two, at less:
+"""With few steps and channels the last hidden layer would be full after few tasks, at less:
 reports/trials/split_cifar_wide_reduced_l1.csv."""
 _PLAIN = {
     "pmnist": Settings(epochs=20),
