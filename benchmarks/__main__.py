@@ -219,6 +219,9 @@ class Doctor:
 class Speed:
     """Measure what the harness and the method cost next to a bare training loop."""
 
+    save: Path | None = None
+    """CSV file that the ratios are written to as well."""
+
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run")]
@@ -395,11 +398,11 @@ def doctor(options: Doctor) -> int:
     return int(any(finding.word == "wrong" for finding in findings))
 
 
-def speed() -> int:
+def speed(options: Speed) -> int:
     """Print the ratios."""
     from benchmarks import speed
 
-    speed.main()
+    speed.main(options.save)
     return 0
 
 
@@ -439,8 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return status(options)
             case Doctor():
                 return doctor(options)
-            case _:
-                return speed()
+            case Speed():
+                return speed(options)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

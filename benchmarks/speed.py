@@ -11,12 +11,14 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from avalanche.benchmarks import CLScenario
@@ -28,10 +30,10 @@ from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
 
-from benchmarks.cell import Monitor
+from benchmarks.cell import Monitor, environment
 from benchmarks.data import Images
 from benchmarks.experiment import Experiment
-from benchmarks.learners import Setup, numbers
+from benchmarks.learners import Settings, Setup, numbers
 from benchmarks.memory import peak_bytes
 from benchmarks.methods import METHODS
 from benchmarks.models import mlp, narrow, resnet18
@@ -39,8 +41,9 @@ from benchmarks.pmnist import PermutedMNIST
 from benchmarks.precision import bf16, bf16_kernels
 from benchmarks.process import tune
 from benchmarks.quickstart import Quickstart
+from benchmarks.records import check_writable
 from benchmarks.resume import SAVE_EVERY, Saver, save_state
-from benchmarks.runner import Places, plan, run_grid
+from benchmarks.runner import Places, git_state, plan, run_grid
 from benchmarks.scenarios import ResidentLoader, resident_view
 from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWideReduced
 from benchmarks.tracking import Tracker, View
@@ -270,11 +273,17 @@ def throughput(images: Images, device: torch.device) -> float:
     turns = TakeTurns(plain)
     evaluator = EvaluationPlugin(loggers=[])
     setup = Setup(experiment, scenario, 0, device, evaluator, [Monitor(lambda event: None), turns])
-    learner = METHODS["finetune"].build(setup, METHODS["finetune"].settings_for(experiment))
+    learner = METHODS["finetune"].build(setup, _plain(experiment))
     learner.train(scenario.streams["train"][0])
     trained = len(scenario.streams["train"][0].dataset)
     # As many seconds an image: the plain loop has the validation images too.
     return trained / len(images.train_x) / turns.ratios()[0]
+
+
+def _plain(experiment: Experiment) -> Settings:
+    """Return finetune's settings without the choice of an epoch: what is measured is training."""
+    settings: Settings = METHODS["finetune"].settings_for(experiment)
+    return replace(settings, early_stopping=False)
 
 
 def profile(images: Images, device: torch.device, rows: int = 10) -> list[tuple[str, float]]:
@@ -288,7 +297,7 @@ def profile(images: Images, device: torch.device, rows: int = 10) -> list[tuple[
     experiment = SplitCIFAR(tasks=1, epochs=1, method_epochs=False)
     scenario = experiment.scenario(images, seed=0)
     setup = Setup(experiment, scenario, 0, device, EvaluationPlugin(loggers=[]))
-    learner = METHODS["finetune"].build(setup, METHODS["finetune"].settings_for(experiment))
+    learner = METHODS["finetune"].build(setup, _plain(experiment))
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiled:
@@ -618,79 +627,113 @@ class Row:
     bound: float | None = None
     kind: Literal["at most", "below", "at least"] = "at most"
 
+    @property
+    def kept(self) -> bool | None:
+        """Whether the bound is kept; None without one."""
+        if self.bound is None:
+            return None
+        return {
+            "at most": self.ratio <= self.bound,
+            "below": self.ratio < self.bound,
+            "at least": self.ratio >= self.bound,
+        }[self.kind]
+
     def __str__(self) -> str:
         """Write the ratio beside its bound, and whether it is kept."""
         limit = ""
         if self.bound is not None:
-            kept = {
-                "at most": self.ratio <= self.bound,
-                "below": self.ratio < self.bound,
-                "at least": self.ratio >= self.bound,
-            }[self.kind]
-            verdict = "ok" if kept else "BELOW" if self.kind == "at least" else "ABOVE"
+            verdict = "ok" if self.kept else "BELOW" if self.kind == "at least" else "ABOVE"
             limit = f"   ({self.kind} {self.bound:.2f}: {verdict})"
         return f"{self.name:56s} {self.ratio:6.2f}{limit}"
 
 
-def main() -> None:
-    """Print each ratio beside its bound."""
+def main(save: Path | None = None) -> None:
+    """Print each ratio beside its bound, and write it to a CSV file if one is named."""
     warnings.filterwarnings("ignore", message="No loggers specified")  # as in a cell
     tune()  # first of all, as in a cell: threads that torch starts later inherit it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = made_images()
-    images = replace(images, train_x=images.train_x.to(device), train_y=images.train_y.to(device))
     print(
         f"{device.type}, {torch.get_num_threads()} threads; medians of ratios measured in turns; "
         f"bf16 ({bf16_kernels(device)}), batch 256 (ResNet-18: 64; scoring: 1000)"
     )
+    if save is not None:
+        check_writable(save.parent)
+    rows = []
+    for row in measured(device):
+        print(row, flush=True)
+        rows.append(row)
+        if save is not None:  # after each: the whole takes minutes
+            write(rows, save, device)
+
+
+def write(rows: Sequence[Row], path: Path, device: torch.device) -> None:
+    """Write ratios and bounds as CSV, under a comment that says what they were measured on."""
+    found, git = environment(device), git_state()
+    names = ("hardware", "device", "threads", "bf16", "torch")
+    about = ", ".join(f"{name} {found[name]}" for name in names)
+    dirty = " and uncommitted changes" if git["dirty"] else ""
+    frame = pd.DataFrame(
+        [(row.name.strip(), row.ratio, row.bound, row.kind, row.kept) for row in rows],
+        columns=["what", "ratio", "bound", "kind", "kept"],
+    )
+    frame.loc[frame["bound"].isna(), "kind"] = None
+    text = frame.to_csv(index=False, float_format="%.4g", lineterminator="\n")
+    said = f"# nox -s speed, {date.today()}: {about}; commit {git['commit']}{dirty}\n"
+    path.write_text(said + text, encoding="utf-8")
+
+
+def measured(device: torch.device) -> Iterator[Row]:
+    """Measure the ratios one after the other."""
+    images = made_images()
+    images = replace(images, train_x=images.train_x.to(device), train_y=images.train_y.to(device))
     wide = PermutedMNIST(tasks=1, epochs=10, method_epochs=False, validation=VALIDATION)
     wide_plain, wide_tuned = epoch_ratios(wide, images, device)
-    print(Row("epoch, 784-2000-2000-10, CLNP's cell / bare loop", wide_tuned, 1.10))
-    print(Row("  the bare loop without the cell's process settings", wide_plain))
+    yield Row("epoch, 784-2000-2000-10, CLNP's cell / bare loop", wide_tuned, 1.10)
+    yield Row("  the bare loop without the cell's process settings", wide_plain)
     slim = replace(wide, epochs=20, hidden=(8, 8))
     narrow_plain, narrow_tuned = epoch_ratios(slim, images, device)
-    print(Row("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5))
-    print(Row("  the bare loop without the cell's process settings", narrow_plain))
+    yield Row("epoch, 784-8-8-10, CLNP's cell / bare loop", narrow_tuned, 2.5)
+    yield Row("  the bare loop without the cell's process settings", narrow_plain)
 
     bounds = {"clnp": 1.1, "ewc": 1.4, "si": 1.5, "superposition": 1.3}
     for name, ratio in step_ratios(tuple(bounds), images, device).items():
-        print(Row(f"step, 784-2000-2000-10, {name} / finetune", ratio, bounds[name]))
+        yield Row(f"step, 784-2000-2000-10, {name} / finetune", ratio, bounds[name])
 
     short = replace(wide, epochs=1)
     for name in ("finetune", "clnp", "si"):
         size, ratio = saving_ratios(name, short, images, device)
-        print(Row(f"saved training, {name}: bytes / bytes that it must hold", size, 1.05))
-        print(Row("  seconds of saving / seconds between two savings", ratio, 0.02))
+        yield Row(f"saved training, {name}: bytes / bytes that it must hold", size, 1.05)
+        yield Row("  seconds of saving / seconds between two savings", ratio, 0.02)
     if (shared := workers_ratio()) is not None:
-        print(Row("eight cells, two workers / one", shared, 0.65))
+        yield Row("eight cells, two workers / one", shared, 0.65)
 
     pictures = made_photographs(2048)
     pictures = replace(
         pictures, train_x=pictures.train_x.to(device), train_y=pictures.train_y.to(device)
     )
     ratio = throughput(pictures, device)
-    print(Row("images a second, narrow network, cell / plain fp32 loop", ratio, 2.3, "at least"))
+    yield Row("images a second, narrow network, cell / plain fp32 loop", ratio, 2.3, "at least")
     for operation, share in profile(pictures, device):
-        print(Row(f"  share of its time: {operation}", share))
+        yield Row(f"  share of its time: {operation}", share)
     ratio = wide_step_ratio(pictures, device)
-    print(Row("step, an eighth of the wide network, CLNP / bare", ratio, 1.1))
+    yield Row("step, an eighth of the wide network, CLNP / bare", ratio, 1.1)
 
     def network() -> nn.Module:
         return mlp(784, (2000, 2000), 10)
 
     x, y = torch.rand(256, 784, device=device), torch.arange(256, device=device) % 10
     ratio = frozen_ratio(network, x, y, rounds=45)
-    print(Row("step, half of each layer frozen / empty network", ratio, 0.7))
+    yield Row("step, half of each layer frozen / empty network", ratio, 0.7)
     batch, labels = torch.rand(64, 3, 32, 32, device=device), y[:64]
     ratio = frozen_ratio(lambda: resnet18(10), batch, labels, rounds=11)
-    print(Row("step, ResNet-18, half of each group frozen / empty", ratio, 0.75))
+    yield Row("step, ResNet-18, half of each group frozen / empty", ratio, 0.75)
     used = {"fc1": 300, "fc2": 120}  # 15 % and 6 %
     ratio = scoring_ratio(network, used, torch.rand(1000, 784, device=device))
-    print(Row("scoring, whole network / task of 15 % and 6 %", ratio, 5.0, "at least"))
+    yield Row("scoring, whole network / task of 15 % and 6 %", ratio, 5.0, "at least")
     size, ratio = compact_ratios(network, used, torch.rand(1000, 784, device=device))
-    print(Row("parameters, that task's compact network / whole network", size))
-    print(Row("scoring, whole network / that task's compact network", ratio))
+    yield Row("parameters, that task's compact network / whole network", size)
+    yield Row("scoring, whole network / that task's compact network", ratio)
     ratio = memory_ratio(network, x, y, frozen=False)
-    print(Row("peak memory in training, empty network / plain training", ratio, 1.1))
+    yield Row("peak memory in training, empty network / plain training", ratio, 1.1)
     ratio = memory_ratio(network, x, y, frozen=True)
-    print(Row("peak memory in training, half frozen / plain training", ratio, 1.0, "below"))
+    yield Row("peak memory in training, half frozen / plain training", ratio, 1.0, "below")

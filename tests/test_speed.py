@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import speed
+from benchmarks.cell import environment
 from benchmarks.models import mlp, resnet18
 from benchmarks.speed import Row, memory_ratio, partitioned
 from clnp import sparsity
@@ -47,3 +52,26 @@ def test_a_row_says_whether_its_bound_is_kept(ratio: float, bound: float, kind: 
 
 def test_a_row_without_a_bound_has_no_verdict():
     assert str(Row("a ratio", 1.5)).endswith("  1.50")
+
+
+def test_rows_are_written_as_they_come_with_what_they_were_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(_device: torch.device) -> Iterator[Row]:
+        yield Row("step, A / B", 1.234567, 1.1)
+        yield Row("  a part of it", 0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "measured", interrupted)
+    path = tmp_path / "new" / "speed.csv"
+    with pytest.raises(KeyboardInterrupt):
+        speed.main(path)
+    about, *lines = path.read_text(encoding="utf-8").splitlines()
+    found = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert f"hardware {found['hardware']}, device {found['device']}, threads" in about
+    assert lines == [
+        "what,ratio,bound,kind,kept",
+        '"step, A / B",1.235,1.1,at most,False',
+        "a part of it,0.5,,,",
+    ]
+    assert "ABOVE" in capsys.readouterr().out
