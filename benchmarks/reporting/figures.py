@@ -449,6 +449,8 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "
                 color=colour,
                 marker=marker,
                 markerfacecolor="white",
+                markeredgecolor=colour,
+                markeredgewidth=1.2,
                 linestyle="none",
                 zorder=3,
             )
@@ -460,7 +462,7 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "
                     textcoords="offset points",
                     verticalalignment="top",
                     fontsize=6,
-                    color=colour,
+                    color="0.3",
                 )
         axes.set_xlabel("Task")
         axes.set_ylabel(f"{part.capitalize()} accuracy (%)")
