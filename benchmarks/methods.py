@@ -669,7 +669,7 @@ def _er(setup: Setup, settings: ERSettings) -> Learner:
 
 
 PACKNET_PMNIST = PackNetSettings(epochs=20)
-LWF_PMNIST = LwFSettings(epochs=10)
+LWF_PMNIST = LwFSettings(epochs=10, lr=0.0001)
 LWF_QUICKSTART = LwFSettings(lr=0.004, epochs=40)
 
 
