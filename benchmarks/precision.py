@@ -36,8 +36,8 @@ PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
 """What `Float32Kernels` computes; the rest of autocast's list keeps its slow kernels."""
 
 
-INSTRUCTIONS = ("avx512_bf16", "amx_tile")
-"""What multiplies bfloat16 numbers on x86, of which a CPU needs one."""
+INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+"""What `torch.cpu` tells of instructions for bfloat16 on x86, of which a CPU needs one."""
 
 
 class Float32Kernels(TorchFunctionMode):
@@ -90,12 +90,12 @@ def has_fast_bf16(device: torch.device) -> bool:
         return True
     if not torch.backends.mkldnn.is_available():
         return False
-    taken = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return taken
-    # torch 2.4 lacks these questions.
-    asked = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in INSTRUCTIONS]
-    return taken and (None in asked or any(ask() for ask in asked if ask is not None))
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and all(hasattr(torch.cpu, name) for name in INSTRUCTIONS):  # not in every torch
+        return any(getattr(torch.cpu, name)() for name in INSTRUCTIONS)
+    return True
 
 
 def bf16_kernels(device: torch.device) -> str:

@@ -32,6 +32,7 @@ from torchvision.transforms import ToTensor
 
 from benchmarks.cell import Monitor, environment
 from benchmarks.data import Images
+from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment
 from benchmarks.learners import Settings, Setup, numbers
 from benchmarks.memory import peak_bytes
@@ -273,14 +274,14 @@ def throughput(images: Images, device: torch.device) -> float:
     turns = TakeTurns(plain)
     evaluator = EvaluationPlugin(loggers=[])
     setup = Setup(experiment, scenario, 0, device, evaluator, [Monitor(lambda event: None), turns])
-    learner = METHODS["finetune"].build(setup, _plain(experiment))
+    learner = METHODS["finetune"].build(setup, _finetune(experiment))
     learner.train(scenario.streams["train"][0])
     trained = len(scenario.streams["train"][0].dataset)
     # As many seconds an image: the plain loop has the validation images too.
     return trained / len(images.train_x) / turns.ratios()[0]
 
 
-def _plain(experiment: Experiment) -> Settings:
+def _finetune(experiment: Experiment) -> Settings:
     """Return finetune's settings without the choice of an epoch: what is measured is training."""
     settings: Settings = METHODS["finetune"].settings_for(experiment)
     return replace(settings, early_stopping=False)
@@ -297,7 +298,7 @@ def profile(images: Images, device: torch.device, rows: int = 10) -> list[tuple[
     experiment = SplitCIFAR(tasks=1, epochs=1, method_epochs=False)
     scenario = experiment.scenario(images, seed=0)
     setup = Setup(experiment, scenario, 0, device, EvaluationPlugin(loggers=[]))
-    learner = METHODS["finetune"].build(setup, _plain(experiment))
+    learner = METHODS["finetune"].build(setup, _finetune(experiment))
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiled:
@@ -657,29 +658,33 @@ def main(save: Path | None = None) -> None:
         f"bf16 ({bf16_kernels(device)}), batch 256 (ResNet-18: 64; scoring: 1000)"
     )
     if save is not None:
+        if save.is_dir():
+            raise UserError(f"{save} is a folder: --save takes the name of a file.")
         check_writable(save.parent)
-    rows = []
+    about, rows = _measured_on(device), []
     for row in measured(device):
         print(row, flush=True)
         rows.append(row)
         if save is not None:  # after each: the whole takes minutes
-            write(rows, save, device)
+            write(rows, save, about)
 
 
-def write(rows: Sequence[Row], path: Path, device: torch.device) -> None:
-    """Write ratios and bounds as CSV, under a comment that says what they were measured on."""
+def _measured_on(device: torch.device) -> str:
     found, git = environment(device), git_state()
     names = ("hardware", "device", "threads", "bf16", "torch")
     about = ", ".join(f"{name} {found[name]}" for name in names)
-    dirty = " and uncommitted changes" if git["dirty"] else ""
+    return f"{about}; commit {git['commit']}{' and uncommitted changes' if git['dirty'] else ''}"
+
+
+def write(rows: Sequence[Row], path: Path, about: str) -> None:
+    """Write ratios and bounds as CSV, under a comment that says what they were measured on."""
     frame = pd.DataFrame(
         [(row.name.strip(), row.ratio, row.bound, row.kind, row.kept) for row in rows],
         columns=["what", "ratio", "bound", "kind", "kept"],
     )
     frame.loc[frame["bound"].isna(), "kind"] = None
     text = frame.to_csv(index=False, float_format="%.4g", lineterminator="\n")
-    said = f"# nox -s speed, {date.today()}: {about}; commit {git['commit']}{dirty}\n"
-    path.write_text(said + text, encoding="utf-8")
+    path.write_text(f"# nox -s speed, {date.today()}: {about}\n{text}", encoding="utf-8")
 
 
 def measured(device: torch.device) -> Iterator[Row]:

@@ -122,7 +122,7 @@ def when_training(folder: Path, act: Any) -> threading.Thread:
     return thread
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "preempted"])
 def test_a_killed_worker_costs_nothing(
     how: signal.Signals, nodes: Any, alone: dict[str, Any], tmp_path: Path
@@ -208,7 +208,9 @@ def test_other_code_on_a_machine_is_refused(tmp_path: Path) -> None:
     assert "all machines need the same checkout" in failure.text
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows ends a process without a SIGTERM that it could save at"
+)
 def test_sigterm_to_a_command_with_workers_saves_and_says_so(tmp_path: Path) -> None:
     """As Slurm does; Ray is started by the command itself, and takes the signal for itself."""
     folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "runs", "out")]

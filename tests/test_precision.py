@@ -183,7 +183,7 @@ def test_cpus_without_instructions_take_float32_kernels(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: taken)
     for name in precision.INSTRUCTIONS:
-        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+        monkeypatch.delattr(torch.cpu, name, raising=False)
     for name, has in instructions.items():
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=has: has, raising=False)
     assert has_fast_bf16.__wrapped__(CPU) is fast

@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks import speed
 from benchmarks.cell import environment
+from benchmarks.errors import UserError
 from benchmarks.models import mlp, resnet18
 from benchmarks.speed import Row, memory_ratio, partitioned
 from clnp import sparsity
@@ -75,3 +76,8 @@ def test_rows_are_written_as_they_come_with_what_they_were_measured_on(
         "a part of it,0.5,,,",
     ]
     assert "ABOVE" in capsys.readouterr().out
+
+
+def test_rows_are_not_written_over_a_folder(tmp_path: Path):
+    with pytest.raises(UserError, match="is a folder"):
+        speed.main(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -689,9 +689,12 @@ def ours(row: pd.Series[Any]) -> str:
     text = plus_minus(row["mean"], row["sd"])
     if row["n"] == 1:
         text = f"{number(row['mean'])} (n = 1)"
-    if row["n"] and row["learnt"] < row["tasks"]:
-        text += f", over {row['learnt']} of {row['tasks']} tasks"
-    return text
+    return text + over(row["learnt"], row["tasks"]) if row["n"] else text
+
+
+def over(learnt: int, tasks: int) -> str:
+    """Return over how many tasks a mean is, if not over all."""
+    return f", over {learnt} of {tasks} tasks" if learnt < tasks else ""
 
 
 def yes_no(value: Any) -> str:
@@ -765,15 +768,17 @@ def per_task_table(
             if not held_out:
                 last_epoch = any("early_stopping=False" in cell.settings for cell in mine)
                 name += ", nothing held out" + (" (last epoch)" if last_epoch else "")
+            n = len(mine)
             mean = summarise([mean_accuracy(cell.test) for cell in mine]).mean
-            lines.append(_task_line(name, last, mean, len(mine)))
+            short = over(sum(task.n == n for task in last), len(last))
+            values = [number(t.mean) + (f" (n = {t.n})" if 0 < t.n < n else "") for t in last]
+            lines.append(_task_line(name, str(n), values, number(mean) + short))
     csv = "The CSV also has the accuracy just after learning and deviations."
     notes = [note for note in (split_note(cells), csv, seeds_note(cells)) if note]
     if others := (target or {}).get("per_task"):
         for row in others["rows"]:
-            theirs = [summarise([value]) for value in row["accuracy"]]
-            line = _task_line(row["name"], theirs, float(np.mean(row["accuracy"])), 1)
-            lines.append(line | {"n": NONE})
+            mean = float(np.mean(row["accuracy"]))
+            lines.append(_task_line(row["name"], NONE, map(number, row["accuracy"]), number(mean)))
         notes.insert(0, others["note"])
     return Table(
         name="per_task",
@@ -789,19 +794,10 @@ def _of_learnt(values: Sequence[float]) -> Summary:
     return summarise([value for value in values if np.isfinite(value)])
 
 
-def _task_line(name: str, tasks: Sequence[Summary], mean: float, n: int) -> dict[str, str]:
-    """Return a row of accuracies, by task and their mean; of fewer seeds than n where it says."""
-    learnt = sum(task.n == n for task in tasks)
-    short = f", over {learnt} of {len(tasks)} tasks" if learnt < len(tasks) else ""
-    return {
-        "Method": name,
-        "n": str(n),
-        **{
-            f"Task {j + 1}": number(task.mean) + (f" (n = {task.n})" if 0 < task.n < n else "")
-            for j, task in enumerate(tasks)
-        },
-        "Mean": number(mean) + short,
-    }
+def _task_line(name: str, n: str, values: Iterable[str], mean: str) -> dict[str, str]:
+    """Return a row of accuracies, by task and their mean."""
+    by_task = {f"Task {j + 1}": value for j, value in enumerate(values)}
+    return {"Method": name, "n": n, **by_task, "Mean": mean}
 
 
 def capacity_table(cells: Sequence[Cell]) -> Table | None:
