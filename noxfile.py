@@ -109,13 +109,13 @@ def split_cifar_wide(session: nox.Session) -> None:
 
 @nox.session
 def split_cifar_reduced(session: nox.Session) -> None:
-    """Run the narrow network with fewer images and epochs: 15 minutes a method without a GPU."""
+    """Run the narrow network with fewer images and epochs: for machines without a GPU."""
     run_module(session, "benchmarks", "run", "split_cifar_reduced", *session.posargs)
 
 
 @nox.session
 def split_cifar_wide_reduced(session: nox.Session) -> None:
-    """Run an eighth of the wide network, likewise: 20 minutes a method without a GPU."""
+    """Run an eighth of the wide network, likewise: for machines without a GPU."""
     run_module(session, "benchmarks", "run", "split_cifar_wide_reduced", *session.posargs)
 
 

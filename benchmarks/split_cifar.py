@@ -95,7 +95,8 @@ class SplitCIFAR(SplitImages):
 class SplitCIFARReduced(SplitCIFAR):
     """The narrow network with a tenth of CIFAR-10 and a quarter of the epochs: without a GPU.
 
-    Expected: the figures' shapes, at lower accuracies. Cost: 15 minutes a method and seed.
+    Expected: the figures' shapes, at lower accuracies. Cost: 15 minutes a seed for CLNP on two
+    CPU cores without AVX512.
 
         nox -s split_cifar_reduced -- --methods clnp_m2 si --seeds 0
     """
@@ -136,7 +137,8 @@ class SplitCIFARWide(SplitImages):
 class SplitCIFARWideReduced(SplitCIFARWide):
     """The wide network with an eighth of its channels, fewer images and epochs: without a GPU.
 
-    Expected: the figures' shapes, at lower accuracies. Cost: 20 minutes a method and seed.
+    Expected: the figures' shapes, at lower accuracies. Cost: 14 to 27 minutes a method and seed
+    on a CPU core with bfloat16 instructions.
 
         nox -s split_cifar_wide_reduced -- --methods clnp_m2 --seeds 0
     """
