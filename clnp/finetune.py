@@ -1,10 +1,26 @@
 """Fine-tuning: retrain what has survived the cut (paper, Sec. 2.2 and 3.2)."""
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clnp.sparsity import L1
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an integer, one of NumPy's too.
+
+    Raises
+    ------
+    TypeError
+        If it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; give an integer") from None
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,8 @@ class FineTune:
 
     Raises
     ------
+    TypeError
+        If a number of epochs or iterations is no integer.
     ValueError
         If a value is out of its range.
     """
@@ -39,9 +57,10 @@ class FineTune:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of FineTune is {getattr(self, name)}; at least 1 is due")
-        if self.lr is not None and not self.lr > 0:
+            number = integer(f"{name} of FineTune", getattr(self, name))
+            if number < 1:
+                raise ValueError(f"{name} of FineTune is {number}; at least 1 is due")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr of FineTune is {self.lr}; a learning rate is above 0")
 
 

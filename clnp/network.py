@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from clnp.errors import CapacityExhausted, UnsupportedNetwork
-from clnp.layers import Adapter, adapter_of, row_tensors, sliced
+from clnp.layers import Adapter, adapter_of, is_layer, row_tensors, sliced
 from clnp.layout import Layout, Runs, Span, pieces, put, runs, take
 from clnp.partition import Partition, derived_seed, permute, reinitialise, sever
 from clnp.units import Forward
@@ -140,8 +140,8 @@ class PartitionedNetwork:
         self.partition = Partition({g.name: g.width for g in layout.groups})
         self.heads: list[Head] = []
         self._originals: dict[tuple[str, str], nn.Parameter] = {}
-        # Leaves that are copies, and where their values belong in the original: (dimension, runs).
-        self._copies: dict[tuple[str, str], tuple[int, Runs]] = {}
+        # Where the values of each leaf that trains belong in the original: (dimension, runs).
+        self._places: dict[tuple[str, str], tuple[int, Runs]] = {}
         self._training_view: View | None = None
 
     # -- what the layers are -------------------------------------------------------------------
@@ -176,7 +176,8 @@ class PartitionedNetwork:
         """The smallest counts that the newest task can be cut to, by group.
 
         A layer can't compute no unit at all, and in a single head a task without a unit of its own
-        before the head has no output.
+        before the head has no output. Units whose weights don't train (``requires_grad=False``: a
+        pretrained body) are all kept, for every task: cut, they would be drawn anew.
         """
         before = self.frontier
         floors = {
@@ -185,7 +186,15 @@ class PartitionedNetwork:
         if self.single_head:
             open_ends = [g for g in self.layout.ends if before[g] < self.layout.widths[g]]
             floors[open_ends[-1]] = before[open_ends[-1]] + 1
+        for group in self.layout.groups:
+            if any(self._is_fixed(part.layer) for part in group.writers):
+                floors[group.name] = group.width
         return {name: min(floor, self.layout.widths[name]) for name, floor in floors.items()}
+
+    def _is_fixed(self, layer: str) -> bool:
+        kept = self._originals.get((layer, "weight"))
+        weight = self.model.get_submodule(layer)._parameters["weight"] if kept is None else kept
+        return weight is not None and not weight.requires_grad
 
     @property
     def frontier(self) -> dict[str, int]:
@@ -362,6 +371,26 @@ class PartitionedNetwork:
 
     # -- a task's life ---------------------------------------------------------------------------
 
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse a layout of a next task with other hidden layers, or the head of a learnt one.
+
+        Raises
+        ------
+        UnsupportedNetwork
+            If so.
+        """
+        if layout.core() != self.layout.core():
+            raise UnsupportedNetwork(
+                "the network has changed since the last task (layers added, removed or resized "
+                "outside the head, or a head that reads another layer); CLNP needs the same hidden "
+                "layers for all tasks"
+            )
+        if not self.single_head and layout.head in {head.layer for head in self.heads}:
+            raise UnsupportedNetwork(
+                f"the head {layout.head!r} is that of a task learnt before, which would forget; "
+                "give each task an output layer of its own, or use a single head"
+            )
+
     def begin_task(self, layout: Layout) -> dict[nn.Parameter, nn.Parameter | None]:
         """Draw W_free anew and put each parameter's free rows in its place.
 
@@ -378,20 +407,12 @@ class PartitionedNetwork:
 
         Raises
         ------
+        UnsupportedNetwork
+            As :meth:`check_layout`.
         CapacityExhausted
             If a single head has no free unit left in the last hidden layer.
         """
-        if layout.core() != self.layout.core():
-            raise UnsupportedNetwork(
-                "the network has changed since the last task (layers added, removed or resized "
-                "outside the head, or a head that reads another layer); CLNP needs the same hidden "
-                "layers for all tasks"
-            )
-        if not self.single_head and layout.head in {head.layer for head in self.heads}:
-            raise UnsupportedNetwork(
-                f"the head {layout.head!r} is that of a task learnt before, which would forget; "
-                "give each task an output layer of its own, or use a single head"
-            )
+        self.check_layout(layout)
         self.layout = layout
         before, task = self.frontier, self.partition.tasks
         if self.single_head and all(before[g] == layout.widths[g] for g in layout.ends):
@@ -436,8 +457,7 @@ class PartitionedNetwork:
                     leaf = original if self.partition.tasks == 0 else _frozen_copy(original)
                 else:
                     free = layout.runs(layout.rows[name], before, stop)
-                    if len(free) > 1:
-                        self._copies[name, key] = (0, free)
+                    self._places[name, key] = (0, free)
                     rows = take(original.detach(), free)
                     leaf = nn.Parameter(rows, requires_grad=original.requires_grad)
                 self._originals[name, key] = original
@@ -461,7 +481,7 @@ class PartitionedNetwork:
         if key == "weight":
             # Optimizers, fused ones above all, are right on row views only: columns are copied.
             free = self.layout.runs(self.layout.columns[self.layout.head], before, stop)
-            self._copies[self.layout.head, key] = (1, free)
+            self._places[self.layout.head, key] = (1, free)
             columns = take(original.detach(), free, 1).clone()
             return nn.Parameter(columns, requires_grad=original.requires_grad)
         first = self.partition.tasks == 0
@@ -515,12 +535,13 @@ class PartitionedNetwork:
         for (name, key), original in self._originals.items():
             module = self.model.get_submodule(name)
             leaf = module._parameters[key]
-            if (name, key) in self._copies and leaf is not None:
-                dim, where = self._copies[name, key]
+            # Copies; and views that somebody has given a storage of their own (p.data = ...).
+            if (name, key) in self._places and leaf is not None and _apart(leaf, original):
+                dim, where = self._places[name, key]
                 put(original, where, leaf, dim)
             module._parameters[key] = original
             original.grad = None
-        self._originals, self._copies = {}, {}
+        self._originals, self._places = {}, {}
         self._training_view = None
 
     def sort(self, orders: dict[str, Tensor]) -> None:
@@ -569,6 +590,8 @@ class PartitionedNetwork:
 
         Raises
         ------
+        TypeError
+            If it is no dict.
         ValueError
             If a group is unknown or a number below 1.
         RuntimeError
@@ -576,6 +599,11 @@ class PartitionedNetwork:
         """
         if self.in_training:
             raise RuntimeError("layers are widened between tasks, and a task is in training")
+        if not isinstance(more, Mapping):
+            raise TypeError(
+                f"the units to add are {more!r}; give a dict of numbers by layer, such as "
+                f"{{{next(iter(self.layout.widths))!r}: 16}}"
+            )
         for name, units in more.items():
             if name not in self.layout.widths:
                 shown = ", ".join(self.layout.widths)
@@ -628,12 +656,42 @@ class PartitionedNetwork:
                     found[f"{layer}.{key}"] = tensor
         return found
 
+    def _constants(self) -> dict[str, Tensor]:
+        """Buffers that belong to no unit, by name: every task reads them as they are."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.model.named_modules():
+            own: tuple[str, ...] = ()
+            if is_layer(module):
+                if name not in self.layout.order:
+                    continue  # no task's forward reads it
+                own = (*adapter_of(name, module).buffers, "num_batches_tracked")
+            for key, buffer in module._buffers.items():
+                # active_units: Avalanche's masks, which grow with the classes of later heads.
+                if buffer is not None and key not in own and not key.startswith("active_units"):
+                    found[f"{name}.{key}" if name else key] = buffer
+        return found
+
     @torch.no_grad()
-    def checksum(self) -> int:
-        """A sum over the bits of all frozen entries: any write to them changes it."""
-        kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = [t.view(kinds[t.element_size()]).sum() for t in self._frozen().values()]
-        return sum(int(s) for s in torch.stack(sums).tolist()) if sums else 0
+    def checksum(self, constants: bool = True) -> dict[str, int]:
+        """A number for the bits of each tensor that learnt tasks read.
+
+        Parameters
+        ----------
+        constants
+            Whether buffers that belong to no unit are among the tensors.
+
+        Returns
+        -------
+        dict
+            By name. A write changes it, and so do entries that change places. Empty before the
+            first task has been learnt.
+        """
+        tensors = self._frozen()
+        if tensors and constants:
+            tensors |= self._constants()
+        sums = [_fingerprint(tensor) for tensor in tensors.values()]
+        values = torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
+        return dict(zip(tensors, values, strict=True))
 
     def state_dict(self) -> dict[str, object]:
         """Frontiers, heads and frozen entries; free ones are drawn anew before each task."""
@@ -706,6 +764,27 @@ class PartitionedNetwork:
         for name, tensor in frozen.items():
             tensor.copy_(loaded[name])
         sever(self.modules, self.layout, self.frontier)
+
+
+PIECE = 2**22
+"""Entries whose fingerprint is taken at once, as 64-bit integers."""
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Sum over the bits of each entry times an odd number of its own, modulo 2^64."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = tensor.view(kinds[tensor.element_size()]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), PIECE):
+        piece = bits[start : start + PIECE].long()
+        places = torch.arange(start, start + len(piece), device=bits.device)
+        total += (piece * (2 * places + 1)).sum()
+    return total
+
+
+def _apart(leaf: Tensor, original: Tensor) -> bool:
+    return leaf.untyped_storage().data_ptr() != original.untyped_storage().data_ptr()
 
 
 def _frozen_copy(parameter: nn.Parameter) -> nn.Parameter:

@@ -3,9 +3,10 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -38,8 +39,8 @@ from clnp.capacity import (
 )
 from clnp.compact import compact
 from clnp.early_stopping import LatestWithinMargin
-from clnp.errors import Incompatible, UnsupportedNetwork
-from clnp.finetune import FineTune, retrain
+from clnp.errors import CLNPError, Incompatible, UnsupportedNetwork
+from clnp.finetune import FineTune, integer, retrain
 from clnp.layout import Layout
 from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
@@ -167,6 +168,8 @@ class CLNPPlugin(SupervisedPlugin):
 
     Raises
     ------
+    TypeError
+        If an argument is of another kind than told.
     ValueError
         If an argument is out of its range.
 
@@ -207,21 +210,30 @@ class CLNPPlugin(SupervisedPlugin):
         _choice("thresholds", thresholds, ("per-layer", "shared"))
         _choice("heads", heads, ("auto", "single", "multi"))
         _choice("head_bias", head_bias, ("shared", "per-task", "none"))
-        for m in margin if isinstance(margin, Sequence) else [margin]:
-            if not 0 <= m < 1:
-                raise ValueError(
-                    f"margin is {m}, but it is a share of accuracy in [0, 1): 0.0005 allows a drop "
-                    "of 0.05 points"
-                )
+        check_margins(margin)
         check_alphas(l1)
-        if finetune is not None and finetune.l1 is not None:
-            check_alphas(finetune.l1)
-        for layer, (below, by) in (expand or {}).items():
-            if below < 1 or by < 1:
-                raise ValueError(
-                    f"expand has {(below, by)} for layer {layer!r}; give (below, by), both at "
-                    "least 1: fewer free units than the first, and as many more as the second"
-                )
+        self.seed = integer("seed", seed)
+        if finetune is not None:
+            if not isinstance(finetune, FineTune):
+                raise TypeError(f"finetune is {finetune!r}; give clnp.FineTune(epochs=...) or None")
+            if finetune.l1 is not None:
+                check_alphas(finetune.l1)
+        if expand is not None:
+            check_policy(expand)
+        if valid_stream is not None and not hasattr(valid_stream, "__getitem__"):
+            raise TypeError(
+                f"valid_stream is a {type(valid_stream).__name__}; give a stream of the benchmark "
+                "or a list of experiences, one for each of the training stream"
+            )
+        if example_input is not None and (
+            not isinstance(example_input, Tensor)
+            or example_input.dim() < 2
+            or not len(example_input)
+        ):
+            raise TypeError(
+                f"example_input is {_shown(example_input)}; give a batch of inputs, a tensor of "
+                "shape (N, ...)"
+            )
         self.margin = margin
         self.l1: Alphas = l1
         self.thresholds = thresholds
@@ -229,7 +241,6 @@ class CLNPPlugin(SupervisedPlugin):
         self.example_input = example_input
         self.heads = heads
         self.head_bias = head_bias
-        self.seed = seed
         self.keep_epoch = keep_epoch
         self.finetune = finetune
         self._policy = dict(expand or {})
@@ -252,7 +263,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.task_margin = 0.0
         self._kept: LatestWithinMargin | None = None
         self._current: Hashable = None
-        self._checksum = 0
+        self._checksum: dict[str, int] = {}  # of all that learnt tasks read, since the newest one
         self._task_view = ExitStack()
         self._eval_view = ExitStack()
 
@@ -296,8 +307,11 @@ class CLNPPlugin(SupervisedPlugin):
         ------
         KeyError
             If the task hasn't been learnt.
+        Incompatible
+            If something has written into what learnt tasks read.
         """
         index = self._index(task)
+        self._verify()
         return self.network.subnetwork(index, self._forward(self._names[index]))
 
     def compact(self, task: Hashable) -> nn.Module:
@@ -325,6 +339,7 @@ class CLNPPlugin(SupervisedPlugin):
             If the model needs Avalanche and can't be traced.
         """
         index = self._index(task)
+        self._verify()
         assert self.example_input is not None
         example = self.example_input.to(next(self.network.model.parameters()).device)
         return compact(self.network, index, self._forward(self._names[index]), example)
@@ -373,6 +388,7 @@ class CLNPPlugin(SupervisedPlugin):
         """
         network = self.network
         network.check_expansion(more)
+        self._verify()
         trial = copy.deepcopy(network)
         trial.expand(more)
         example = self._kept_example(network.model)
@@ -406,6 +422,7 @@ class CLNPPlugin(SupervisedPlugin):
                     "units (a multiple of 16) may do"
                 )
         network.expand(more)
+        self._checksum = network.checksum()
         for layer, units in more.items():
             self._widened_by[layer] = self._widened_by.get(layer, 0) + units
 
@@ -426,10 +443,9 @@ class CLNPPlugin(SupervisedPlugin):
         return bool(more)
 
     def _index(self, task: Hashable) -> int:
-        """Place of a task in the order of learning (of the newest one of that name)."""
-        for index in reversed(range(len(self._names))):
-            if self._names[index] == task:
-                return index
+        """Place of a task in the order of learning."""
+        if task in self._names:
+            return self._names.index(task)
         raise KeyError(f"task {task!r} hasn't been learnt; learnt so far: {self._names or 'none'}")
 
     def _forward(self, name: Hashable) -> Forward:
@@ -461,6 +477,7 @@ class CLNPPlugin(SupervisedPlugin):
             raise RuntimeError("no task has been learnt yet, so that there is nothing to save")
         if network.in_training:
             raise RuntimeError("state_dict() is for between tasks; a task is in training")
+        self._verify()
         return {
             "names": list(self._names),
             "by_label": self._by_label,
@@ -494,6 +511,11 @@ class CLNPPlugin(SupervisedPlugin):
             If the network has another shape, or lacks the head of a learnt task and isn't one to
             which Avalanche adds heads (``MultiHeadClassifier``).
         """
+        if not isinstance(state, Mapping) or not {"names", "by_label", "network"} <= state.keys():
+            raise ValueError(
+                f"{_shown(state)} is no state of a CLNPPlugin; load what plugin.state_dict() gave, "
+                "and the model's own state into the model"
+            )
         names = list(state["names"])
         _make_heads(model, state["network"])
         self._by_label = state["by_label"]
@@ -503,6 +525,8 @@ class CLNPPlugin(SupervisedPlugin):
         network = self._build(model, find_layout(model, forward, example), forward, example)
         network.load_state_dict(state["network"])
         self._network = network
+        # Buffers that belong to no unit come with the model's own state, which is loaded next.
+        self._checksum = network.checksum(constants=False)
         self._names = names
         self._reused = [dict(r) for r in state["reused"]]
         # A state from before it was measured goes on; what its tasks read isn't known.
@@ -542,13 +566,20 @@ class CLNPPlugin(SupervisedPlugin):
     # -- a task's life ---------------------------------------------------------------------------
 
     def before_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Tidy up after a training that was interrupted."""
+        """Tidy up after a training that was interrupted, and check what is frozen."""
+        if sum(isinstance(plugin, CLNPPlugin) for plugin in strategy.plugins) > 1:
+            raise Incompatible(
+                "the strategy has more than one CLNPPlugin (the ready strategy CLNP brings its "
+                "own), or one of them twice; leave one in its plugins"
+            )
         self._abandon()
+        self._verify()
 
     def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Check the task's data, and hold out validation data if no stream was given."""
         experience, data = strategy.experience, strategy.adapted_dataset
         index = len(self._names)
+        self._name(experience)  # before Avalanche adapts the model to a task that is refused
         if len(data) == 0:
             raise ValueError(f"experience {_position(experience, index)} has no training data")
         if len(data) != len(experience.dataset):
@@ -561,6 +592,11 @@ class CLNPPlugin(SupervisedPlugin):
             position = _position(experience, index)
             try:
                 self._valid_data = self.valid_stream[position].dataset.eval()
+            except AttributeError as error:
+                raise TypeError(
+                    f"valid_stream holds no experience for experience {position} ({error}); give a "
+                    "stream of the benchmark or a list of experiences"
+                ) from None
             except (IndexError, KeyError):
                 raise ValueError(
                     f"valid_stream has {len(self.valid_stream)} experiences, and none for "
@@ -599,10 +635,13 @@ class CLNPPlugin(SupervisedPlugin):
         self._refuse_other_model(model)
         if self._network is None or self._network.model is not model:
             self._network = self._build(model, layout, forward, self._example(strategy))
+        self._verify()
+        if not self._names:
+            _refuse_broken(model)
+        self._network.check_layout(layout)
         if self._expand_if_short(layout):
             layout = find_layout(model, forward, self._example(strategy))
         network = self._network
-        self._checksum = network.checksum()
         leaves = network.begin_task(layout)
         self._swap(strategy.optimizer, leaves)
         self._l1 = L1(network.leaves(), alphas)
@@ -764,6 +803,7 @@ class CLNPPlugin(SupervisedPlugin):
         }
         # All at once, and what takes long afterwards: an interruption finds the task learnt or not.
         network.learn(cut.used)
+        self._checksum = network.checksum()
         self._names.append(name)
         self._reused.append({layer: int(units.sum()) for layer, units in kept.items()})
         self._sufficiency.append(reads)
@@ -848,8 +888,30 @@ class CLNPPlugin(SupervisedPlugin):
     # -- evaluation ------------------------------------------------------------------------------
 
     def before_eval(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Refuse a model on which the sub-networks would have no effect."""
+        """Refuse a model on which the sub-networks would have no effect, or a damaged one."""
+        self._leave_evaluation()
         self._refuse_other_model(strategy.model)
+        self._verify()
+
+    def before_eval_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse classes for which Avalanche would add outputs to a head that is there to stay."""
+        experience = strategy.experience
+        if self._network is None or self._mixed(experience):
+            return
+        name = self._task(experience)
+        if name not in self._names and not self._is_in_training(experience):
+            return
+        classes = [int(c) for c in getattr(experience, "classes_in_this_experience", None) or []]
+        for module in strategy.model.modules():
+            if not isinstance(module, MultiHeadClassifier) or str(name) not in module.classifiers:
+                continue
+            outputs = module.classifiers[str(name)].classifier.out_features
+            if classes and max(classes) >= outputs:
+                raise Incompatible(
+                    f"experience {_position(experience, 0)} of the stream to evaluate has label "
+                    f"{max(classes)}, but the head of task {name} has {outputs} outputs, and "
+                    "Avalanche would add some to it; leave out what the task hasn't been trained on"
+                )
 
     def before_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Run the batch on the sub-network of its experience's task."""
@@ -859,7 +921,7 @@ class CLNPPlugin(SupervisedPlugin):
 
     def after_eval_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Leave the sub-network; give batches of mixed or unlearnt tasks what is theirs."""
-        self._eval_view.close()
+        self._leave_evaluation()
         experience = strategy.experience
         if self._mixed(experience):
             strategy.mb_output = self._by_task(strategy)
@@ -984,8 +1046,18 @@ class CLNPPlugin(SupervisedPlugin):
                 "LBFGS keeps its own list of parameters and would write into frozen weights; use a "
                 "first-order optimizer (SGD, Adam, AdamW, RMSprop, ...)"
             )
+        for name, module in model.named_modules():
+            if isinstance(module, IncrementalClassifier) and module._auto_adapt:
+                raise Incompatible(
+                    f"{name!r} is an IncrementalClassifier, which adds and unmasks outputs of "
+                    "learnt tasks as classes come; use torch.nn.Linear with an output for each "
+                    "class, or a MultiHeadClassifier"
+                )
         for plugin in strategy.plugins:
-            ours = type(plugin).__module__.startswith("avalanche.")
+            modules = [kind.__module__ for kind in type(plugin).__mro__]
+            ours = modules[0].startswith("avalanche.") or any(
+                module.startswith("avalanche.training.") for module in modules
+            )
             if ours and not isinstance(plugin, COMPATIBLE):
                 raise Incompatible(
                     f"{type(plugin).__name__} trains on or penalises old tasks (replay, "
@@ -1012,7 +1084,14 @@ class CLNPPlugin(SupervisedPlugin):
         if self._by_label is None:
             self._by_label = _distinct_labels(experience)
         if not self._by_label:
-            self._current = _position(experience, len(self._names))
+            position = _position(experience, len(self._names))
+            if position in self._names:
+                raise ValueError(
+                    f"experience {position} has been learnt already and its units are frozen; "
+                    "tasks are named by their index, since the stream's task labels aren't "
+                    "distinct: give new data an index, or a task label, of its own"
+                )
+            self._current = position
             return self._current
         if len(labels) != 1:
             raise ValueError(
@@ -1054,7 +1133,13 @@ class CLNPPlugin(SupervisedPlugin):
             with torch.random.fork_rng(devices=[]):  # random transforms must not move the run's RNG
                 data = self._train_data.eval()
                 rows = [data[i][0] for i in range(min(PROBE, len(data)))]
-            self.example_input = torch.stack(rows)
+            try:
+                self.example_input = torch.stack([torch.as_tensor(row) for row in rows])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UnsupportedNetwork(
+                    f"the inputs of the first task don't make a batch, a tensor (N, ...): {error}; "
+                    "CLNP needs inputs of one shape, one for each sample"
+                ) from error
         return self.example_input.to(strategy.device)
 
     def _kept_example(self, model: nn.Module) -> Tensor:
@@ -1138,7 +1223,7 @@ class CLNPPlugin(SupervisedPlugin):
 
     def _abandon(self) -> None:
         """Give up a task whose training was interrupted; what was learnt before stands."""
-        self._eval_view.close()
+        self._leave_evaluation()
         if self._network is not None and self._network.in_training:
             warnings.warn(
                 f"the training of task {self._current!r} was interrupted; CLNP gives it up, learnt "
@@ -1146,22 +1231,36 @@ class CLNPPlugin(SupervisedPlugin):
                 stacklevel=2,
             )
             self._release()
-            self._verify()
+
+    def _leave_evaluation(self) -> None:
+        """Leave the view of an evaluated task, that of an interrupted evaluation too."""
+        # It gives back the gradient mode that it found, which after an interruption is of the past.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            self._eval_view.close()
 
     def _verify(self) -> None:
-        """Check that nothing has written into what is frozen.
+        """Check that nothing has written into what learnt tasks read, since the newest was learnt.
+
+        Within a task it is left to the task's end.
 
         Raises
         ------
         Incompatible
             If so: the promise is broken, and nobody shall find out later.
         """
-        if self.network.checksum() != self._checksum:
+        if self._network is None or self._network.in_training:
+            return
+        now = self._network.checksum()
+        changed = [name for name, value in self._checksum.items() if now.get(name) != value]
+        if changed:
             raise Incompatible(
-                f"something wrote into frozen weights while task {self._current!r} was trained (an "
-                "optimizer or plugin that keeps references to the model's parameters from before "
-                "the task?); learnt tasks are damaged"
+                f"something wrote into frozen weights: {', '.join(changed)} changed after task "
+                f"{self._names[-1]!r} was learnt. Was the model trained, averaged, cast or given "
+                "batches in train mode without this plugin, or does an optimizer or plugin keep "
+                "references to parameters from before a task? Learnt tasks are damaged; go back to "
+                "a saved state (load_state_dict)"
             )
+        self._checksum = now
 
 
 MASKED = -1000.0
@@ -1218,6 +1317,28 @@ def _make_heads(model: nn.Module, network: Mapping[str, Any]) -> None:
                     module.known_train_tasks_labels.add(int(label))
 
 
+def _refuse_broken(model: nn.Module) -> None:
+    """Refuse a model whose own first weights, with which the first task begins, are no numbers.
+
+    Raises
+    ------
+    CLNPError
+        If a parameter has NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CLNPError(
+                f"{name} has NaN or infinity before the first task: a training before this one has "
+                "diverged. Build the model anew, and lower the learning rate"
+            )
+
+
+def _shown(value: Any) -> str:
+    """What a value is, in a few words."""
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"a {type(value).__name__}{shape}"
+
+
 def _labels(experience: Any) -> list[int]:
     """Distinct task labels of an experience; none where it has none."""
     labels = getattr(experience, "task_labels", None)
@@ -1251,13 +1372,63 @@ def check_alphas(l1: Alphas) -> None:
 
     Raises
     ------
+    TypeError
+        If one is no number.
     ValueError
         If an alpha is negative or not finite.
     """
-    values = l1.values() if isinstance(l1, Mapping) else l1
-    for alpha in values if isinstance(values, Iterable) else [values]:
+    for alpha in _numbers("l1", list(l1.values()) if isinstance(l1, Mapping) else l1):
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
+
+
+def check_margins(margin: float | Sequence[float]) -> None:
+    """Refuse what is no margin, or no list of them.
+
+    Raises
+    ------
+    TypeError
+        If one is no number.
+    ValueError
+        If one is out of [0, 1).
+    """
+    for m in _numbers("margin", margin):
+        if not 0 <= m < 1:
+            raise ValueError(
+                f"margin is {m}, but it is a share of accuracy in [0, 1): 0.0005 allows a drop "
+                "of 0.05 points"
+            )
+
+
+def check_policy(expand: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse what is no rule for widening layers.
+
+    Raises
+    ------
+    TypeError
+        If it is no dict.
+    ValueError
+        If a layer's rule is no pair of numbers that are at least 1.
+    """
+    if not isinstance(expand, Mapping):
+        raise TypeError(f"expand is {expand!r}; give a dict, (below, by) for each layer to widen")
+    for layer, rule in expand.items():
+        numbers = list(rule) if isinstance(rule, Sequence) and not isinstance(rule, str) else []
+        if len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers):
+            raise ValueError(
+                f"expand has {rule!r} for layer {layer!r}; give (below, by), both integers and at "
+                "least 1: fewer free units than the first, and as many more as the second"
+            )
+
+
+def _numbers(name: str, value: Any) -> list[float]:
+    """A number, or a list of them, as a list."""
+    many = isinstance(value, Sequence) and not isinstance(value, str)
+    numbers = list(value) if many else [value]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name} is {value!r}; give a number, or a list of them")
+    return numbers
 
 
 def plain(l1: Alphas) -> float | list[float] | dict[str, float]:

@@ -211,7 +211,8 @@ def graceful_forgetting(
         if not bool(torch.isfinite(each).all()):
             raise CLNPError(
                 f"units of layer {name!r} give NaN or infinity, so the training diverged and the "
-                "task isn't learnt; lower the learning rate, or clip gradients"
+                "task isn't learnt; lower the learning rate, or clip gradients (after a first task "
+                "with the model built anew)"
             )
     rungs = {name: ladder(activity[name], used[name], floors[name]) for name in activity}
     cache: dict[tuple[int, ...], float] = {}

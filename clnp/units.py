@@ -40,7 +40,14 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
     UnsupportedNetwork
         If a layer or the way that layers are joined isn't supported; the message names it.
     """
-    traced = copy.deepcopy(model).eval().requires_grad_(True)
+    try:
+        traced = copy.deepcopy(model).eval().requires_grad_(True)
+    except Exception as error:  # whatever the user's model holds
+        raise UnsupportedNetwork(
+            f"the model can't be copied ({type(error).__name__}: {error}), and CLNP tries things "
+            "on a copy; keep locks, files and activations with gradients out of it, and remove "
+            "old-style norms and masks of weights (torch.nn.utils.weight_norm, .prune)"
+        ) from error
     names = {module: name for name, module in traced.named_modules()}
     order, output = _called_layers(traced, names, forward, example)
     _refuse_uses_elsewhere(traced, order, output)
@@ -127,6 +134,14 @@ def _called_layers(
     try:
         with torch.enable_grad():
             output = forward(model, example)
+    except UnsupportedNetwork:
+        raise
+    except Exception as error:  # whatever the user's own forward stumbles on
+        raise UnsupportedNetwork(
+            f"the model fails on an example input of shape {tuple(example.shape)} and type "
+            f"{example.dtype} ({type(error).__name__}: {error}); give the plugin an example_input "
+            "that it takes, or mend its forward"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

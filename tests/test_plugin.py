@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from avalanche.benchmarks.utils.classification_dataset import (
     TaskAwareSupervisedClassificationDataset,
 )
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.models import MTSimpleMLP, MultiHeadClassifier, MultiTaskModule, as_multitask
+from avalanche.models import (
+    IncrementalClassifier,
+    MTSimpleMLP,
+    MultiHeadClassifier,
+    MultiTaskModule,
+    as_multitask,
+)
 from avalanche.training.plugins import (
     EarlyStoppingPlugin,
     EvaluationPlugin,
@@ -35,11 +42,28 @@ from clnp import (
     CapacityExhausted,
     CLNPError,
     CLNPPlugin,
+    FineTune,
     Incompatible,
     LogitDrift,
     UnsupportedNetwork,
 )
 from clnp.layout import pieces
+
+
+class Replayed(ReplayPlugin):  # type: ignore[misc]
+    """A user's own, of a kind that trains on old tasks."""
+
+
+class Locked(nn.Module):
+    """A model that can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.head = threading.Lock(), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)  # type: ignore[no-any-return]
+
 
 CLASSES = 3
 FEATURES = 12
@@ -443,8 +467,14 @@ def test_tasks_are_named_by_distinct_labels_else_by_index() -> None:
     trainer = strategy(mlp(60), plugin)
     learn_and_watch(trainer, plugin, alike.train_stream, blobs(0, 9, (FEATURES,))[0])
     assert plugin.tasks == [0, 1]
-    trainer.train(alike.train_stream[0], eval_streams=[])
-    assert plugin.tasks == [0, 1, 0]
+    x = blobs(0, 9, (FEATURES,))[0]
+    learnt = plugin.subnetwork(0)(x)
+    other = benchmark(tasks=2, labels=lambda _: 0)  # its experience 0 is another task's
+    for stream in (alike.train_stream, other.train_stream):
+        with pytest.raises(ValueError, match=r"experience 0 has been learnt.*by their inde"):
+            trainer.train(stream[0], eval_streams=[])
+    assert plugin.tasks == [0, 1]
+    assert torch.equal(plugin.subnetwork(0)(x), learnt)
 
 
 def test_held_out_data_is_seeded_and_never_trained_on() -> None:
@@ -517,6 +547,253 @@ def test_a_write_to_frozen_weights_is_found_out() -> None:
         trainer.train(bench.train_stream[1], eval_streams=[])
 
 
+def learnt_one(model: nn.Module, shape: tuple[int, ...] = (FEATURES,)) -> tuple[Any, Any, Any]:
+    """A strategy whose plugin has learnt one task of two, the plugin, and the training stream."""
+    torch.manual_seed(0)
+    plugin, stream = CLNPPlugin(margin=0.1, l1=1e-3), benchmark(tasks=2, shape=shape).train_stream
+    trainer = strategy(model, plugin, epochs=2)
+    trainer.train(stream[0], eval_streams=[])
+    return trainer, plugin, stream
+
+
+def rewrite(model: nn.Module) -> None:
+    """Train without the plugin."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(9, FEATURES)).square().sum().backward()
+    optimizer.step()
+
+
+def swap(model: nn.Module) -> None:
+    """Change two units that are read alike, whose sum stays the same."""
+    with torch.no_grad():
+        weight = model.get_submodule("0").weight
+        weight[:2] = weight[[1, 0]]
+
+
+@pytest.mark.parametrize("damage", [rewrite, swap, lambda model: model.half()])
+def test_a_write_between_tasks_is_found_out_wherever_it_would_be_read(
+    damage: Callable[[nn.Module], Any],
+) -> None:
+    trainer, plugin, stream = learnt_one(mlp())
+    saved, weights = plugin.state_dict(), copy.deepcopy(trainer.model.state_dict())
+    damage(trainer.model)
+    for use in (
+        lambda: plugin.subnetwork(0),
+        lambda: plugin.compact(0),
+        lambda: plugin.state_dict(),
+        lambda: plugin.expand({"0": 16}),
+        lambda: trainer.eval(stream[:1]),
+        lambda: trainer.train(stream[1], eval_streams=[]),
+    ):
+        with pytest.raises(Incompatible, match=r"wrote into frozen weights: 0\.weight.*task 0 was"):
+            use()
+    trainer.model.float()
+    plugin.load_state_dict(saved, trainer.model)
+    trainer.model.load_state_dict(weights)
+    trainer.train(stream[1], eval_streams=[])
+    assert plugin.tasks == [0, 1]
+
+
+def test_running_statistics_moved_between_tasks_are_found_out() -> None:
+    trainer, plugin, _ = learnt_one(convnet(), IMAGE)
+    trainer.model.train()
+    trainer.model(torch.randn(9, *IMAGE) + 5.0)
+    with pytest.raises(Incompatible, match=r"running_mean.* changed after task 0"):
+        plugin.subnetwork(0)
+
+
+def test_weights_put_in_at_the_end_of_a_task_are_found_out() -> None:
+    class Average(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_exp(self, strategy: Any, **_: Any) -> None:
+            with torch.no_grad():
+                for parameter in strategy.model.parameters():
+                    parameter.mul_(0.9)
+
+    trainer = strategy(mlp(), CLNPPlugin(margin=0.1), Average(), epochs=1)
+    with pytest.raises(Incompatible, match="wrote into frozen weights"):
+        trainer.train(benchmark(tasks=2).train_stream, eval_streams=[])
+
+
+class Temperature(nn.Module):
+    """Divides by a constant that belongs to no unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("t", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.t  # type: ignore[no-any-return]
+
+
+def test_a_constant_that_a_plugin_changes_is_found_out() -> None:
+    class Anneal(SupervisedPlugin):  # type: ignore[misc]
+        def before_training_epoch(self, strategy: Any, **_: Any) -> None:
+            strategy.model[1].t.mul_(0.9)
+
+    model = nn.Sequential(
+        nn.Linear(FEATURES, 20), Temperature(), nn.ReLU(), nn.Linear(20, 20), nn.ReLU()
+    )
+    model.append(nn.Linear(20, CLASSES))
+    trainer = strategy(model, CLNPPlugin(margin=0.1), Anneal(), epochs=1)
+    stream = benchmark(tasks=2).train_stream
+    trainer.train(stream[0], eval_streams=[])
+    with pytest.raises(Incompatible, match=r"wrote into frozen weights: 1\.t "):
+        trainer.train(stream[1], eval_streams=[])
+
+
+def test_constants_drawn_by_the_model_come_with_its_own_state() -> None:
+    def fresh(seed: int) -> tuple[Any, CLNPPlugin]:
+        torch.manual_seed(seed)
+        model = mlp()
+        model.insert(1, Temperature())
+        model[1].t.uniform_(1, 2)
+        plugin = CLNPPlugin(margin=0.1)
+        return strategy(model, plugin, epochs=1), plugin
+
+    stream, x = benchmark(tasks=2).train_stream, blobs(0, 9, (FEATURES,))[0]
+    trainer, plugin = fresh(0)
+    trainer.train(stream[0], eval_streams=[])
+    other, loaded = fresh(1)
+    loaded.load_state_dict(plugin.state_dict(), other.model)
+    other.model.load_state_dict(trainer.model.state_dict())
+    other.train(stream[1], eval_streams=[])
+    assert torch.equal(loaded.subnetwork(0)(x), plugin.subnetwork(0)(x))
+    other.model[1].t.mul_(2)
+    with pytest.raises(Incompatible, match=r"1\.t changed"):
+        loaded.subnetwork(0)
+
+
+@pytest.mark.parametrize(
+    "renew",
+    [
+        lambda model: [setattr(p, "data", p.data.clamp(-9, 9)) for p in model.parameters()],
+        lambda model: nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()).clone(), model.parameters()
+        ),
+    ],
+)
+def test_training_is_kept_where_parameters_get_a_storage_of_their_own(
+    renew: Callable[[nn.Module], Any],
+) -> None:
+    class Renew(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_iteration(self, strategy: Any, **_: Any) -> None:
+            renew(strategy.model)
+
+    def run(*plugins: Any) -> tuple[list[Any], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        plugin, model = CLNPPlugin(margin=0.1, l1=1e-3), mlp()
+        strategy(model, plugin, *plugins).train(benchmark(tasks=2).train_stream, eval_streams=[])
+        return plugin.history, dict(model.state_dict())
+
+    history, weights = run(Renew())
+    expected, plain = run()
+    assert history == expected
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+def test_a_body_that_does_not_train_is_kept_for_every_task() -> None:
+    torch.manual_seed(0)
+    model, x = convnet(), blobs(0, 9, IMAGE)[0]
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first.requires_grad_(False)
+    pretrained = first.weight.clone()
+    trainer, plugin, stream = learnt_one(model, IMAGE)
+    learnt = plugin.subnetwork(0)(x)
+    trainer.train(stream[1], eval_streams=[])
+    assert torch.equal(plugin.subnetwork(0)(x), learnt)
+    rows = [row for row in first.weight if any(torch.equal(row, p) for p in pretrained)]
+    assert len(rows) == len(pretrained)
+    table = plugin.capacity()
+    assert (table[table.layer == table.layer.iloc[0]].used == len(pretrained)).all()
+    assert (table[table.layer != table.layer.iloc[0]].free > 0).any()
+
+
+def test_training_goes_on_after_an_interrupted_evaluation() -> None:
+    class Stop(SupervisedPlugin):  # type: ignore[misc]
+        armed = True
+
+        def before_eval_forward(self, strategy: Any, **_: Any) -> None:
+            if self.armed:
+                raise KeyboardInterrupt
+
+    trainer, plugin, stream = learnt_one(mlp())
+    x = blobs(0, 9, (FEATURES,))[0]
+    learnt, stop = plugin.subnetwork(0)(x), Stop()
+    trainer.plugins.append(stop)
+    trainer.train_epochs = 20
+    for again in (lambda: None, lambda: trainer.eval(stream[:1])):
+        stop.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            trainer.eval(stream)
+        stop.armed = False
+        again()
+        assert torch.is_grad_enabled()
+    trainer.train(stream[1], eval_streams=[])
+    assert torch.is_grad_enabled()
+    assert plugin.tasks == [0, 1]
+    assert plugin.history[1]["trained_validation"] > 0.5
+    assert torch.equal(plugin.subnetwork(0)(x), learnt)
+
+
+def test_a_label_that_a_learnt_head_lacks_is_refused_before_the_head_grows() -> None:
+    body = nn.Sequential(nn.Linear(FEATURES, 20), nn.ReLU())
+
+    class Net(MultiTaskModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+            self.head = MultiHeadClassifier(20, masking=False)
+
+        def forward(self, x: Tensor, task_labels: Tensor) -> Tensor:
+            return self.head(self.body(x), task_labels)  # type: ignore[no-any-return]
+
+    plugin, stream = CLNPPlugin(margin=0.1), benchmark(tasks=2).train_stream
+    trainer = strategy(Net(), plugin, epochs=1)
+    trainer.train(stream[0], eval_streams=[])
+    x = blobs(0, 9, (FEATURES,))[0]
+    learnt = plugin.subnetwork(0)(x)
+    y = torch.arange(9) % 5
+    more = TaskAwareSupervisedClassificationDataset(
+        [TensorDataset(x, y)],
+        data_attributes=[
+            DataAttribute(y.tolist(), "targets"),
+            DataAttribute([0] * 9, "targets_task_labels", use_in_getitem=True),
+        ],
+    )
+    made = with_classes_timeline(with_task_labels(benchmark_from_datasets(train=[more])))
+    with pytest.raises(Incompatible, match="label 4, but the head of task 0 has 3 outputs"):
+        trainer.eval(made.train_stream)
+    assert torch.equal(plugin.subnetwork(0)(x), learnt)
+
+
+def test_a_diverged_first_task_says_that_the_model_is_to_be_built_anew() -> None:
+    trainer = strategy(mlp(), CLNPPlugin(margin=0.1), epochs=1)
+    stream = benchmark(tasks=1).train_stream
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e30
+    with pytest.raises(CLNPError, match=r"diverged.*built anew"):
+        trainer.train(stream[0], eval_streams=[])
+    with pytest.raises(CLNPError, match=r"before the first task.*Build the model anew"):
+        trainer.train(stream[0], eval_streams=[])
+
+
+def test_inputs_as_arrays_are_taken() -> None:
+    x, y = blobs(0, 40, (FEATURES,))
+    data = TaskAwareSupervisedClassificationDataset(
+        [list(zip(x.numpy(), y.tolist(), strict=True))],
+        data_attributes=[
+            DataAttribute(y.tolist(), "targets"),
+            DataAttribute([0] * 40, "targets_task_labels", use_in_getitem=True),
+        ],
+    )
+    stream = with_classes_timeline(
+        with_task_labels(benchmark_from_datasets(train=[data]))
+    ).train_stream
+    plugin = CLNPPlugin(margin=0.1)
+    strategy(mlp(), plugin, epochs=1).train(stream[0], eval_streams=[])
+    assert plugin.tasks == [0]
+
+
 def test_state_restores_in_a_fresh_model_and_goes_on_bit_by_bit() -> None:
     bench = benchmark(tasks=3, shape=IMAGE)
 
@@ -575,8 +852,10 @@ def test_ablation_is_that_of_the_network_without_what_is_not_reused(
     data = bench.test_stream[1].dataset.eval()
     x, labels = torch.stack([s[0] for s in data]), torch.tensor([int(s[1]) for s in data])
 
+    subnetwork = plugin.subnetwork(1)  # reads what is in the network, whatever is done to it
+
     def accuracy() -> float:
-        return int((plugin.subnetwork(1)(x).argmax(1) == labels).sum()) / len(labels)
+        return int((subnetwork(x).argmax(1) == labels).sum()) / len(labels)
 
     assert accuracy() == plugin.history[1]["pruned_validation"]
     network = plugin.network
@@ -750,6 +1029,24 @@ def test_l1_is_a_subgradient_on_free_weights_alone() -> None:
         (lambda: {"heads": "multi"}, ValueError, "MultiTaskModule"),
         (lambda: {"margin": [0.1]}, ValueError, "margin has 1 values"),
         (lambda: {"valid_stream": []}, ValueError, "valid_stream has 0 experiences"),
+        (lambda: {"valid_stream": [1]}, TypeError, "holds no experience for experience 0"),
+        (lambda: {"plugins": [Replayed(mem_size=9)]}, Incompatible, "Replayed trains on"),
+        (lambda: {"plugins": [CLNPPlugin()]}, Incompatible, "more than one CLNPPlugin"),
+        (
+            lambda: {
+                "model": nn.Sequential(
+                    nn.Linear(FEATURES, 8), nn.ReLU(), IncrementalClassifier(8, CLASSES)
+                )
+            },
+            Incompatible,
+            "'2' is an IncrementalClassifier",
+        ),
+        (
+            lambda: {"model": nn.Sequential(nn.Linear(FEATURES + 1, 8), nn.Linear(8, CLASSES))},
+            UnsupportedNetwork,
+            rf"fails on an example input of shape \(16, {FEATURES}\)",
+        ),
+        (lambda: {"model": Locked()}, UnsupportedNetwork, "can't be copied .*lock"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(
@@ -798,6 +1095,54 @@ def test_an_empty_experience_is_refused() -> None:
 def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CLNPPlugin(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": "much"}, "margin is 'much'; give a number"),
+        ({"margin": None}, "margin is None"),
+        ({"margin": {"0": 0.1}}, "margin is {'0': 0.1}"),
+        ({"l1": None}, "l1 is None; give a number"),
+        ({"l1": ["a"]}, "l1 is .'a'."),
+        ({"l1": torch.zeros(3)}, "l1 is tensor"),
+        ({"seed": 0.5}, "seed is 0.5; give an integer"),
+        ({"seed": None}, "seed is None"),
+        ({"finetune": 3}, "finetune is 3; give clnp.FineTune"),
+        ({"finetune": FineTune}, "give clnp.FineTune"),
+        ({"expand": ["0"]}, "expand is .'0'.; give a dict"),
+        ({"valid_stream": 5}, "valid_stream is a int"),
+        ({"example_input": [1.0]}, "example_input is a list; give a batch"),
+        ({"example_input": torch.zeros(0, 3)}, r"a Tensor of shape \(0, 3\)"),
+    ],
+)
+def test_arguments_of_another_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        CLNPPlugin(**options)
+
+
+@pytest.mark.parametrize("rule", [4, "ab", (1,), (4, 1.5), (0, 1)])
+def test_a_rule_for_widening_is_a_pair_of_integers(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"give \(below, by\), both integers"):
+        CLNPPlugin(expand={"0": rule})
+
+
+@pytest.mark.parametrize("values", [{"epochs": 1.5}, {"epochs": 1, "iterations": "2"}])
+def test_numbers_of_fine_tuning_are_integers(values: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"of FineTune is .*; give an integer"):
+        FineTune(**values)
+    with pytest.raises(ValueError, match="lr of FineTune is inf"):
+        FineTune(1, lr=float("inf"))
+
+
+@pytest.mark.parametrize("state", [None, {}, {"0.weight": torch.zeros(1)}])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    with pytest.raises(ValueError, match="is no state of a CLNPPlugin"):
+        CLNPPlugin().load_state_dict(state, mlp())
+    trainer, plugin, _ = learnt_one(mlp())
+    with pytest.raises(TypeError, match="give a dict of numbers by layer"):
+        plugin.expand(state if state is None else [1])
+    assert trainer.model is plugin.network.model
 
 
 def test_a_task_has_a_unit_of_its_own_in_a_last_layer_that_others_read_too() -> None:
@@ -1044,6 +1389,7 @@ def test_a_full_core_of_several_heads_trains_the_new_head_to_some_use() -> None:
     trainer.train(stream[0], eval_streams=[])
     used = plugin.network.frontier
     plugin.partition.frontiers["features.0"][-1] = 8  # whatever the cut, the core is full now
+    plugin._checksum = plugin.network.checksum()
     assert used
     core = copy.deepcopy(model.state_dict())
     trainer.train(stream[1], eval_streams=[])
