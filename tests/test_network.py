@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Callable
 from random import Random
@@ -19,7 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
     from clnp import CapacityExhausted, UnsupportedNetwork
     from clnp.layout import Layout, pieces, put, take
-    from clnp.network import PartitionedNetwork
+    from clnp.network import PartitionedNetwork, _fingerprint
     from clnp.pruning import Activity
     from clnp.units import Forward, find_layout
 
@@ -694,6 +695,27 @@ def test_the_checksum_sees_every_frozen_entry() -> None:
             assert network.checksum() != before, (name, key)
             entry.copy_(kept)
             assert network.checksum() == before
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 3), (3, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool]
+)
+def test_a_fingerprint_sees_each_change_and_each_exchange(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    tensor = (torch.randn(shape) * 9).to(dtype)
+    before = int(_fingerprint(tensor))
+    entries = list(itertools.product(*map(range, shape)))
+    for index in entries:
+        changed = tensor.clone()
+        changed[index] = ~changed[index] if dtype == torch.bool else changed[index] + 1
+        assert int(_fingerprint(changed)) != before
+    for a, b in itertools.combinations(entries, 2):
+        changed = tensor.clone()
+        changed[a], changed[b] = tensor[b], tensor[a]
+        assert (int(_fingerprint(changed)) != before) != torch.equal(changed, tensor)
 
 
 def test_the_checksum_does_not_see_free_entries() -> None:
