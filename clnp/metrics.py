@@ -24,10 +24,20 @@ class LogitDrift(PluginMetric[float]):
     ----------
     stream
         Name of the evaluation stream whose experiences are watched; others are left alone.
+
+    Raises
+    ------
+    TypeError
+        If it is no name.
     """
 
     def __init__(self, stream: str = "test") -> None:
         super().__init__()
+        if not isinstance(stream, str):
+            raise TypeError(
+                f"stream is a {type(stream).__name__}; give the name of the stream to watch, such "
+                "as 'test'"
+            )
         self._stream = stream
         self._learnt: set[int] = set()
         self._reference: dict[int, Tensor] = {}

@@ -1377,7 +1377,7 @@ def check_alphas(l1: Alphas) -> None:
     ValueError
         If an alpha is negative or not finite.
     """
-    for alpha in _numbers("l1", list(l1.values()) if isinstance(l1, Mapping) else l1):
+    for alpha in as_numbers("l1", list(l1.values()) if isinstance(l1, Mapping) else l1):
         if not (math.isfinite(alpha) and alpha >= 0):
             raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
 
@@ -1392,7 +1392,7 @@ def check_margins(margin: float | Sequence[float]) -> None:
     ValueError
         If one is out of [0, 1).
     """
-    for m in _numbers("margin", margin):
+    for m in as_numbers("margin", margin):
         if not 0 <= m < 1:
             raise ValueError(
                 f"margin is {m}, but it is a share of accuracy in [0, 1): 0.0005 allows a drop "
@@ -1421,8 +1421,14 @@ def check_policy(expand: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def _numbers(name: str, value: Any) -> list[float]:
-    """A number, or a list of them, as a list."""
+def as_numbers(name: str, value: Any) -> list[float]:
+    """A number, or a list of them, as a list.
+
+    Raises
+    ------
+    TypeError
+        If one is no number.
+    """
     many = isinstance(value, Sequence) and not isinstance(value, str)
     numbers = list(value) if many else [value]
     for number in numbers:

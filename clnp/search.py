@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clnp.errors import CLNPError, Incompatible
 from clnp.layers import adapter_of
 from clnp.layout import Layout, Runs
-from clnp.plugin import Alphas, CLNPPlugin, Outcome, Scan, check_alphas, plain
+from clnp.plugin import Alphas, CLNPPlugin, Outcome, Scan, as_numbers, check_alphas, plain
 from clnp.pruning import EPSILON, new_share, sparsest
 from clnp.random_state import random_state, set_random_state
 
@@ -151,8 +151,10 @@ def search(
 
     Raises
     ------
+    TypeError
+        If an alpha or a learning rate is no number.
     ValueError
-        If the grid is empty, or holds what is no alpha or no learning rate.
+        If the grid is empty, or one is out of its range.
     Incompatible
         If the strategy has no CLNP plugin or can't be copied.
     CLNPError
@@ -288,7 +290,7 @@ def _grid(l1: Sequence[Alphas] | None, lr: Sequence[float] | None) -> list[Candi
             raise ValueError(f"{name} is {values!r}, but a grid needs a list of values to try")
     for alpha in l1 or ():
         check_alphas(alpha)
-    for rate in lr or ():
+    for rate in as_numbers("lr", lr or ()):
         if not 0 < rate < float("inf"):
             raise ValueError(f"lr holds {rate}, but a learning rate is above 0")
     alphas: Sequence[Alphas | None] = [None] if l1 is None else l1

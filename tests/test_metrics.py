@@ -243,3 +243,9 @@ def test_a_new_base_hides_nothing() -> None:
         found.append(drift.drift())
     assert found[0] == found[1]
     assert found[0][0] > 0
+
+
+def test_a_stream_in_place_of_its_name_is_refused() -> None:
+    """Or nothing would be watched, and the drift be nan without a word."""
+    with pytest.raises(TypeError, match="give the name of the stream"):
+        LogitDrift(benchmark().test_stream)

@@ -541,3 +541,9 @@ def test_a_strategy_that_cannot_be_searched_with() -> None:
     strategy, _ = learner(mlp, Locked())
     with pytest.raises(Incompatible, match=r"can't be copied \(cannot pickle"):
         search(strategy, benchmark().train_stream[0], lr=[0.1])
+
+
+@pytest.mark.parametrize("grid", [{"l1": [None]}, {"l1": "ab"}, {"lr": ["0.1"]}, {"lr": [None]}])
+def test_what_is_no_number_is_refused(grid: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"(l1|lr) is .*; give a number"):
+        search(learner()[0], benchmark().train_stream[0], **grid)
