@@ -784,7 +784,9 @@ def _fingerprint(tensor: Tensor) -> Tensor:
 
 
 def _apart(leaf: Tensor, original: Tensor) -> bool:
-    return leaf.untyped_storage().data_ptr() != original.untyped_storage().data_ptr()
+    # Not the pointer to the data, which tensors without any have not.
+    same: bool = leaf.untyped_storage()._cdata == original.untyped_storage()._cdata
+    return not same
 
 
 def _frozen_copy(parameter: nn.Parameter) -> nn.Parameter:

@@ -579,7 +579,10 @@ class CLNPPlugin(SupervisedPlugin):
         """Check the task's data, and hold out validation data if no stream was given."""
         experience, data = strategy.experience, strategy.adapted_dataset
         index = len(self._names)
-        self._name(experience)  # before Avalanche adapts the model to a task that is refused
+        # Before Avalanche adapts the model to a task that is refused.
+        self._name(experience)
+        if self._names and _growing(strategy.model):
+            raise Incompatible(f"{_growing(strategy.model)[0]!r} {GROWS}")
         if len(data) == 0:
             raise ValueError(f"experience {_position(experience, index)} has no training data")
         if len(data) != len(experience.dataset):
@@ -896,12 +899,16 @@ class CLNPPlugin(SupervisedPlugin):
     def before_eval_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse classes for which Avalanche would add outputs to a head that is there to stay."""
         experience = strategy.experience
+        classes = [int(c) for c in getattr(experience, "classes_in_this_experience", None) or []]
         if self._network is None or self._mixed(experience):
             return
+        for path in _growing(strategy.model):
+            head = strategy.model.get_submodule(path).classifier
+            if self._names and classes and max(classes) >= head.out_features:
+                raise Incompatible(f"{path!r} {GROWS}")
         name = self._task(experience)
         if name not in self._names and not self._is_in_training(experience):
             return
-        classes = [int(c) for c in getattr(experience, "classes_in_this_experience", None) or []]
         for module in strategy.model.modules():
             if not isinstance(module, MultiHeadClassifier) or str(name) not in module.classifiers:
                 continue
@@ -1046,13 +1053,6 @@ class CLNPPlugin(SupervisedPlugin):
                 "LBFGS keeps its own list of parameters and would write into frozen weights; use a "
                 "first-order optimizer (SGD, Adam, AdamW, RMSprop, ...)"
             )
-        for name, module in model.named_modules():
-            if isinstance(module, IncrementalClassifier) and module._auto_adapt:
-                raise Incompatible(
-                    f"{name!r} is an IncrementalClassifier, which adds and unmasks outputs of "
-                    "learnt tasks as classes come; use torch.nn.Linear with an output for each "
-                    "class, or a MultiHeadClassifier"
-                )
         for plugin in strategy.plugins:
             modules = [kind.__module__ for kind in type(plugin).__mro__]
             ours = modules[0].startswith("avalanche.") or any(
@@ -1261,6 +1261,22 @@ class CLNPPlugin(SupervisedPlugin):
                 "a saved state (load_state_dict)"
             )
         self._checksum = now
+
+
+GROWS = (
+    "is an IncrementalClassifier, which adds and unmasks outputs of learnt tasks as classes come; "
+    "use torch.nn.Linear with an output for each class, or a MultiHeadClassifier"
+)
+"""What is wrong with a single head that Avalanche adapts."""
+
+
+def _growing(model: nn.Module) -> list[str]:
+    """Single heads that Avalanche adapts to each experience, by name."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, IncrementalClassifier) and module._auto_adapt
+    ]
 
 
 MASKED = -1000.0

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
+from avalanche.benchmarks import (
+    benchmark_from_datasets,
+    tensors_benchmark,
+    with_classes_timeline,
+)
 from avalanche.benchmarks.scenarios import with_task_labels
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from avalanche.benchmarks.utils.classification_dataset import (
@@ -764,6 +768,30 @@ def test_a_label_that_a_learnt_head_lacks_is_refused_before_the_head_grows() -> 
     with pytest.raises(Incompatible, match="label 4, but the head of task 0 has 3 outputs"):
         trainer.eval(made.train_stream)
     assert torch.equal(plugin.subnetwork(0)(x), learnt)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_single_head_that_grows_is_refused_before_it_changes_a_learnt_task(
+    evaluated: bool,
+) -> None:
+    torch.manual_seed(0)
+    plugin, body = CLNPPlugin(margin=0.1), [nn.Linear(FEATURES, 20), nn.ReLU()]
+    trainer = strategy(nn.Sequential(*body, IncrementalClassifier(20, 2)), plugin, epochs=1)
+    x, y = blobs(0, 60, (FEATURES,))
+    train = [(x, y), (x, y + 3)]
+    bench = tensors_benchmark(train_tensors=train, test_tensors=train, task_labels=[0, 1])
+    if evaluated:
+        trainer.eval(bench.test_stream[:1])  # nothing to lose yet
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    logits = plugin.subnetwork(0)(x)
+    trainer.eval(bench.test_stream[:1])
+    for use in (
+        lambda: trainer.eval(bench.test_stream),
+        lambda: trainer.train(bench.train_stream[1], eval_streams=[]),
+    ):
+        with pytest.raises(Incompatible, match="'2' is an IncrementalClassifier"):
+            use()
+        assert torch.equal(plugin.subnetwork(0)(x), logits)
 
 
 def test_a_diverged_first_task_says_that_the_model_is_to_be_built_anew() -> None:
