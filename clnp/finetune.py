@@ -1,26 +1,12 @@
 """Fine-tuning: retrain what has survived the cut (paper, Sec. 2.2 and 3.2)."""
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clnp.arguments import integer
 from clnp.sparsity import L1
-
-
-def integer(name: str, value: Any) -> int:
-    """Return an integer, one of NumPy's too.
-
-    Raises
-    ------
-    TypeError
-        If it is none.
-    """
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; give an integer") from None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from clnp.arguments import check_alphas, check_margins, check_policy, choice, integer
 from clnp.capacity import (
     Sufficiency,
     ablated,
@@ -40,7 +40,7 @@ from clnp.capacity import (
 from clnp.compact import compact
 from clnp.early_stopping import LatestWithinMargin
 from clnp.errors import CLNPError, Incompatible, UnsupportedNetwork
-from clnp.finetune import FineTune, integer, retrain
+from clnp.finetune import FineTune, retrain
 from clnp.layout import Layout
 from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
@@ -206,10 +206,10 @@ class CLNPPlugin(SupervisedPlugin):
         expand: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
-        _choice("keep_epoch", keep_epoch, ("last", "latest-within-margin"))
-        _choice("thresholds", thresholds, ("per-layer", "shared"))
-        _choice("heads", heads, ("auto", "single", "multi"))
-        _choice("head_bias", head_bias, ("shared", "per-task", "none"))
+        choice("keep_epoch", keep_epoch, ("last", "latest-within-margin"))
+        choice("thresholds", thresholds, ("per-layer", "shared"))
+        choice("heads", heads, ("auto", "single", "multi"))
+        choice("head_bias", head_bias, ("shared", "per-task", "none"))
         check_margins(margin)
         check_alphas(l1)
         self.seed = integer("seed", seed)
@@ -375,10 +375,14 @@ class CLNPPlugin(SupervisedPlugin):
 
         Raises
         ------
+        TypeError
+            If it is no dict.
         ValueError
             If a layer is unknown, or a number below 1.
         UnsupportedNetwork
             If the model doesn't run with wider layers, or the logits of a learnt task change.
+        Incompatible
+            If something has written into what learnt tasks read.
         RuntimeError
             Before the first task, or while one is in training.
 
@@ -1376,81 +1380,6 @@ def _distinct_labels(experience: Any) -> bool:
     return all(len(each) == 1 for each in labels) and len({each[0] for each in labels}) == len(
         labels
     )
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose from {', '.join(map(repr, choices))}")
-
-
-def check_alphas(l1: Alphas) -> None:
-    """Refuse what is no weight of a penalty.
-
-    Raises
-    ------
-    TypeError
-        If one is no number.
-    ValueError
-        If an alpha is negative or not finite.
-    """
-    for alpha in as_numbers("l1", list(l1.values()) if isinstance(l1, Mapping) else l1):
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"l1 is {alpha}, but the weight of a penalty is at least 0")
-
-
-def check_margins(margin: float | Sequence[float]) -> None:
-    """Refuse what is no margin, or no list of them.
-
-    Raises
-    ------
-    TypeError
-        If one is no number.
-    ValueError
-        If one is out of [0, 1).
-    """
-    for m in as_numbers("margin", margin):
-        if not 0 <= m < 1:
-            raise ValueError(
-                f"margin is {m}, but it is a share of accuracy in [0, 1): 0.0005 allows a drop "
-                "of 0.05 points"
-            )
-
-
-def check_policy(expand: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse what is no rule for widening layers.
-
-    Raises
-    ------
-    TypeError
-        If it is no dict.
-    ValueError
-        If a layer's rule is no pair of numbers that are at least 1.
-    """
-    if not isinstance(expand, Mapping):
-        raise TypeError(f"expand is {expand!r}; give a dict, (below, by) for each layer to widen")
-    for layer, rule in expand.items():
-        numbers = list(rule) if isinstance(rule, Sequence) and not isinstance(rule, str) else []
-        if len(numbers) != 2 or not all(type(n) is int and n >= 1 for n in numbers):
-            raise ValueError(
-                f"expand has {rule!r} for layer {layer!r}; give (below, by), both integers and at "
-                "least 1: fewer free units than the first, and as many more as the second"
-            )
-
-
-def as_numbers(name: str, value: Any) -> list[float]:
-    """A number, or a list of them, as a list.
-
-    Raises
-    ------
-    TypeError
-        If one is no number.
-    """
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    numbers = list(value) if many else [value]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} is {value!r}; give a number, or a list of them")
-    return numbers
 
 
 def plain(l1: Alphas) -> float | list[float] | dict[str, float]:

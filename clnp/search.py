@@ -23,10 +23,11 @@ from avalanche.training.plugins import LRSchedulerPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
 
+from clnp.arguments import as_numbers, check_alphas
 from clnp.errors import CLNPError, Incompatible
 from clnp.layers import adapter_of
 from clnp.layout import Layout, Runs
-from clnp.plugin import Alphas, CLNPPlugin, Outcome, Scan, as_numbers, check_alphas, plain
+from clnp.plugin import Alphas, CLNPPlugin, Outcome, Scan, plain
 from clnp.pruning import EPSILON, new_share, sparsest
 from clnp.random_state import random_state, set_random_state
 
