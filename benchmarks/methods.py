@@ -992,7 +992,7 @@ METHODS: dict[str, Method[Any]] = {
             name="packnet",
             build=_packnet,
             settings={
-                "pmnist": PACKNET_PMNIST,
+                "pmnist": dataclasses.replace(PACKNET_PMNIST, retrain=0.5),
                 "quickstart": PackNetSettings(lr=0.004, epochs=40),
             },
             task_id_at_test=True,
