@@ -911,7 +911,7 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": EWC_PMNIST,
                 "quickstart": EWC_QUICKSTART,
-                **dict.fromkeys(_NARROW, EWC_CIFAR),
+                **dict.fromkeys(_NARROW, dataclasses.replace(EWC_CIFAR, strength=1000.0)),
             },
             task_id_at_test=False,
             grid={
