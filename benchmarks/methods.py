@@ -964,7 +964,7 @@ METHODS: dict[str, Method[Any]] = {
             settings={
                 "pmnist": HAT_PMNIST,
                 "quickstart": HATSettings(lr=0.004, epochs=40),
-                **{name: HATSettings(smax=100.0, embedding_lr=0.01) for name in _NARROW},
+                **dict.fromkeys(_NARROW, HATSettings(smax=100.0, embedding_lr=0.01, lamb=0.05)),
             },
             task_id_at_test=True,
             grid={
