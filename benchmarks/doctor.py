@@ -139,7 +139,7 @@ def tuned(folder: Path) -> Iterator[Finding]:
         except UserError as error:
             yield Finding("wrong", str(error))
             continue
-        method = METHODS.get(result["method"])
+        method = METHODS.get(records.holder(result))
         if method is None or result["experiment"] not in method.settings:
             continue
         wrong = tune.mismatches(result, method.settings[result["experiment"]])

@@ -21,7 +21,7 @@ class PermutedMNIST(PermutedImages):
     preset: ClassVar[str] = "pmnist"
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4)
     methods: ClassVar[tuple[str, ...]] = (
-        *("clnp", "single_task", "finetune", "joint"),
+        *("clnp", "clnp_best", "single_task", "finetune", "joint"),
         *("ewc", "ewc_online", "si", "superposition"),
         *("hat", "packnet", "lwf", "er"),
     )

@@ -197,6 +197,17 @@ TUNING: dict[str, type | tuple[type, ...]] = {
 }
 
 
+PRINTED = {("pmnist", "clnp"): "clnp_best"}
+"""Methods that keep the settings that their paper prints in an experiment, and those that have the
+winners of their grids."""
+
+
+def holder(result: Tuning) -> str:
+    """Return the method whose settings are to be those of a grid's winner."""
+    method: str = result["method"]
+    return PRINTED.get((result["experiment"], method), method)
+
+
 def read_tuning(path: Path) -> Tuning:
     """Return the result of a grid.
 

@@ -346,8 +346,11 @@ def mismatches(result: Tuning, settings: Settings) -> list[str]:
 
 
 def verdict(result: Tuning) -> str:
-    """Return whether the method has the winner's settings, and if not, which ones to enter."""
-    preset, method = result["experiment"], result["method"]
+    """Return whether the winner's settings are entered, and if not, which ones to enter.
+
+    They are the method's own, or those of the method that `benchmarks.records.PRINTED` names.
+    """
+    preset, method = result["experiment"], records.holder(result)
     wrong = mismatches(result, METHODS[method].settings[preset])
     if result["winner"] is None:
         return f"{method} for {preset}: {'; '.join(wrong)}."

@@ -591,8 +591,11 @@ def test_every_claim_of_the_protocol_is_listed_once() -> None:
 def test_main_table_tells_what_was_tried(target: dict[str, Any]) -> None:
     tunings, notes = load.tunings(TUNING, "pmnist")
     assert notes == []
-    text = tables.main_table(cells_of("pmnist"), target, tunings).text.set_index("Method")
-    assert text["Tried"].to_dict() == dict.fromkeys(text.index, "—") | {"CLNP": "3", "EWC": "3"}
+    cells = cells_of("pmnist")
+    cells += [replace(cell, method="clnp_best") for cell in cells if cell.method == "clnp"]
+    text = tables.main_table(cells, target, tunings).text.set_index("Method")
+    tried = {"CLNP, tuned": "3", "EWC": "3"}  # of CLNP the paper's settings are kept
+    assert text["Tried"].to_dict() == dict.fromkeys(text.index, "—") | tried
 
 
 def test_tuning_table_against_the_results() -> None:

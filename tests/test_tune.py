@@ -379,7 +379,8 @@ def disagreement(path: Path) -> list[str]:
     """Return where a method's settings are not those of the winner in a file."""
     result = records.read_tuning(path)
     assert path.parts[-2:] == (result["experiment"], f"{result['method']}.json")
-    return tune.mismatches(result, METHODS[result["method"]].settings[result["experiment"]])
+    method = METHODS[records.holder(result)]
+    return tune.mismatches(result, method.settings[result["experiment"]])
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-2:]))
@@ -398,6 +399,20 @@ def test_settings_are_the_winners(path: Path) -> None:
         assert result["winner"] is None
     assert min(result["seeds"]) >= tune.FIRST_SEED
     assert not result["dirty"]
+
+
+def test_clnp_keeps_the_printed_settings_whatever_wins() -> None:
+    printed, best = METHODS["clnp"].settings["pmnist"], METHODS["clnp_best"].settings["pmnist"]
+    assert (printed.lr, printed.l1) == (0.002, (1e-7, 1e-5, 1e-6))  # Sec. 3.1
+    grid = METHODS["clnp"].grid["pmnist"]
+    assert printed in grid
+    assert best in grid
+    result = {"experiment": "pmnist", "method": "clnp", "winner": grid.index(best)}
+    settings = [json.loads(canonical(dataclasses.asdict(each))) for each in grid]
+    result["candidates"] = [{"settings": each} for each in settings]
+    assert tune.verdict(result) == "The settings of clnp_best for pmnist are the winner's."
+    result["winner"] = grid.index(printed)
+    assert "clnp_best for pmnist are not the winner's" in tune.verdict(result)
 
 
 def test_settings_that_are_not_the_winners_are_caught(

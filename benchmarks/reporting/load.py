@@ -26,6 +26,7 @@ METHODS = {
     "si": "SI",
     "superposition": "Superposition",
     "clnp": "CLNP",
+    "clnp_best": "CLNP, tuned",
     "clnp_m1": "CLNP, m = 1 %",
     "clnp_m2": "CLNP, m = 2 %",
     "clnp_m4_ft": "CLNP, m = 4 %, fine-tuned",

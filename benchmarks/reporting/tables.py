@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.experiment import canonical
-from benchmarks.records import Tuning
+from benchmarks.records import Tuning, holder
 from benchmarks.reporting.load import SEARCH, Cell, Targets, label, rank
 from benchmarks.reporting.stats import (
     NAN,
@@ -205,7 +205,7 @@ def main_frame(
         What was tried for the methods, as far as they were tuned.
     """
     groups = by_method(cells)
-    tried = {tuning["method"]: _configurations(tuning) for tuning in tunings}
+    tried = {holder(tuning): _configurations(tuning) for tuning in tunings}
     rows = []
     for method in sorted({*every, *groups}, key=rank):
         mine = groups.get(method, [])
@@ -915,6 +915,12 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
         "the seeds; no test data were loaded, and no table uses these seeds. The best one wins "
         "(the first of equals), and its settings are the method's. Training: time of one seed. "
         "n: seeds; where there are fewer than in the budget, the others diverged.",
+        *(
+            f"{label(tuning['method'])} keeps the settings that its paper prints; the winner has "
+            f"a row of its own: {label(holder(tuning))}."
+            for tuning in tunings
+            if holder(tuning) != tuning["method"]
+        ),
     ]
     if budgets:
         told = (f"{', '.join(methods)}: {budget}" for budget, methods in budgets.items())
