@@ -58,6 +58,9 @@ class CLNPSettings(Settings):
     """L1 strength of each layer while fine-tuning; none: as in training."""
     finetune_iterations: int = 1
     """How often to cut and fine-tune."""
+    below_margin: Literal["harmless", "dead"] = "dead"
+    """What is cut if the trained network is below the margin already; see `clnp.CLNPPlugin`, whose
+    default is the better one. This one's has the records."""
     grid_l1: tuple[tuple[float, ...], ...] = ()
     """L1 strengths to try, each in the form of `l1`; none: `l1` alone."""
     grid_lr: tuple[float, ...] = ()
@@ -86,7 +89,8 @@ class CLNPSettings(Settings):
 
     def first_training(self) -> dict[str, Any] | None:
         """Return all but what acts after training; the margin does if the last epoch is kept."""
-        after = {"thresholds", *(name for name in vars(self) if name.startswith("finetune_"))}
+        after = {"thresholds", "below_margin"}
+        after |= {name for name in vars(self) if name.startswith("finetune_")}
         if self.keep_epoch == "last":
             after.add("margin")
         values = dataclasses.asdict(self)
@@ -215,6 +219,7 @@ def _clnp(setup: Setup, settings: CLNPSettings) -> Learner:
         thresholds=settings.thresholds,
         head_bias=settings.head_bias,
         keep_epoch=settings.keep_epoch,
+        below_margin=settings.below_margin,
         finetune=settings.finetune,
         valid_stream=setup.scenario.streams["valid"],
         seed=derive(setup.seed, "clnp"),

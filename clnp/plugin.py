@@ -139,13 +139,16 @@ class CLNPPlugin(SupervisedPlugin):
     keep_epoch : {"last", "latest-within-margin"}
         Which epoch's weights are cut and kept: the last one's; or those of the latest epoch whose
         validation accuracy is within the margin of the best, at the price of a copy of the weights
-        in training (early stopping: where the last epoch happens to be worse than that, nothing
-        but dead units could be cut).
+        in training (early stopping: where the last epoch happens to be worse than that, little
+        could be cut).
     finetune : FineTune, optional
         Retrain the surviving weights after the cut, and how often to repeat both.
     expand : {layer name: (below, by)}, optional
         Widen the layer by ``by`` units (:meth:`expand`) when a next task begins and finds fewer
         than ``below`` of its units free.
+    below_margin : {"harmless", "dead"}
+        What is cut if the trained network is already below the margin: units as long as no further
+        validation accuracy is lost, or those alone that are never active.
 
     Attributes
     ----------
@@ -204,12 +207,14 @@ class CLNPPlugin(SupervisedPlugin):
         keep_epoch: str = "last",
         finetune: FineTune | None = None,
         expand: Mapping[str, tuple[int, int]] | None = None,
+        below_margin: str = "harmless",
     ) -> None:
         super().__init__()
         choice("keep_epoch", keep_epoch, ("last", "latest-within-margin"))
         choice("thresholds", thresholds, ("per-layer", "shared"))
         choice("heads", heads, ("auto", "single", "multi"))
         choice("head_bias", head_bias, ("shared", "per-task", "none"))
+        choice("below_margin", below_margin, ("harmless", "dead"))
         check_margins(margin)
         check_alphas(l1)
         self.seed = integer("seed", seed)
@@ -242,6 +247,7 @@ class CLNPPlugin(SupervisedPlugin):
         self.heads = heads
         self.head_bias = head_bias
         self.keep_epoch = keep_epoch
+        self.below_margin = below_margin
         self.finetune = finetune
         self._policy = dict(expand or {})
         self.history: list[dict[str, Any]] = []
@@ -789,7 +795,10 @@ class CLNPPlugin(SupervisedPlugin):
                 }
             )
             best = max(best, accuracy)
-            cut, activity = self._sort_and_cut(strategy, activity, best if left else math.inf)
+            if left:
+                cut, activity = self._sort_and_cut(strategy, activity, best)
+            else:
+                cut, activity = self._sort_and_cut(strategy, activity, math.inf, below="dead")
         name = self._name(strategy.experience)
         modules, layout = network.modules, network.layout
         start = network.candidate(cut.used).head.start
@@ -819,9 +828,20 @@ class CLNPPlugin(SupervisedPlugin):
         entry["reused_ablation"] = self._ablation(strategy, before, kept, cut.accuracy)
 
     def _sort_and_cut(
-        self, strategy: Any, activity: dict[str, Tensor], best: float
+        self, strategy: Any, activity: dict[str, Tensor], best: float, below: str | None = None
     ) -> tuple[Cut, dict[str, Tensor]]:
         """Sort the task's units by activity and find where to cut; nothing is frozen yet.
+
+        Parameters
+        ----------
+        strategy
+            Evaluates.
+        activity
+            Mean activities by group, units unsorted.
+        best
+            The validation accuracy from which the margin counts.
+        below
+            What goes below the margin; None: as the plugin's ``below_margin`` says.
 
         Returns
         -------
@@ -843,6 +863,7 @@ class CLNPPlugin(SupervisedPlugin):
             best,
             self.task_margin,
             self.thresholds,
+            below or self.below_margin,
         )
         return cut, activity
 
@@ -1398,7 +1419,7 @@ class CLNP(SupervisedTemplate):
         As in every Avalanche strategy.
     margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
         As in :class:`CLNPPlugin`.
-    keep_epoch, finetune, expand
+    keep_epoch, finetune, expand, below_margin
         As in :class:`CLNPPlugin`.
     **base
         What every Avalanche strategy takes: train_mb_size, train_epochs, eval_mb_size, device,
@@ -1427,6 +1448,7 @@ class CLNP(SupervisedTemplate):
         keep_epoch: str = "last",
         finetune: FineTune | None = None,
         expand: Mapping[str, tuple[int, int]] | None = None,
+        below_margin: str = "harmless",
         plugins: Sequence[Any] | None = None,
         **base: Any,
     ) -> None:
@@ -1442,6 +1464,7 @@ class CLNP(SupervisedTemplate):
             keep_epoch,
             finetune,
             expand,
+            below_margin,
         )
         super().__init__(
             model=model,

@@ -178,12 +178,13 @@ def graceful_forgetting(
     best: float,
     margin: float,
     thresholds: str = "per-layer",
+    below: str = "harmless",
 ) -> Cut:
     """Raise theta as far as validation accuracy stays within the margin of the best (Sec. 2.2).
 
     Layers are cut from the last to the first, the i-th cut of L up to a total drop of margin·i/L,
     then once more with what is left of the margin. If the model with all its living units is
-    already below, only dead units (theta = 0) go.
+    already below the margin, what goes costs no more accuracy, or is dead (theta = 0).
 
     Parameters
     ----------
@@ -201,6 +202,9 @@ def graceful_forgetting(
         m, the absolute drop allowed, as a fraction.
     thresholds
         ``"per-layer"``, or ``"shared"``: one theta for all layers.
+    below
+        What goes if the model is already below the margin: ``"harmless"`` units, or ``"dead"``
+        ones alone.
 
     Raises
     ------
@@ -225,7 +229,12 @@ def graceful_forgetting(
         return cache[key]
 
     places = {name: len(r.counts) - 1 for name, r in rungs.items()}  # theta = 0
-    if accuracy(places) >= best - margin - EPSILON:
+    living = accuracy(places)
+    if living < best - margin - EPSILON and below == "harmless":
+        # An epoch can have spent the margin, or sums without the dead units can have rounded
+        # otherwise. None of that is a reason to keep what isn't needed.
+        best, margin = living, 0.0
+    if living >= best - margin - EPSILON:
         if thresholds == "shared":
             places = _shared(rungs, places, accuracy, best - margin)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -301,14 +302,28 @@ def test_a_reduced_run_is_marked_in_its_pictures(
         assert marked[name] != plain[name]
 
 
-@pytest.mark.parametrize("trained", [80.0, 78.5])
-def test_a_cut_that_could_only_take_dead_units_is_remarked(trained: float) -> None:
-    cuts = pd.DataFrame(
-        [(0, 80.0, trained, trained)], columns=["task", "best", "trained", "pruned"]
-    )
-    made = cell("clnp_m1", SI, FULL, cuts=cuts, settings='{"method": {"margin": 0.01}}')
-    told = [note for note in load._remarks([made]) if "dead units" in note]
-    assert bool(told) is (trained < 79)
+@pytest.mark.parametrize(
+    ("trained", "pruned", "more", "said"),
+    [
+        (80.0, 79.0, {}, None),
+        (79.0, 79.0, {}, None),
+        (78.5, 78.5, {}, "none but dead units"),
+        (79.0, 78.98, {}, "none but dead units"),  # it had spent the margin, and rounds otherwise
+        (79.0, 78.98, {"below_margin": "dead"}, "none but dead units"),
+        (79.0, 78.98, {"below_margin": "harmless"}, "only what costs no accuracy"),
+        (80.0, 78.5, {"finetune_epochs": 5}, None),  # lost in fine-tuning, after the cut
+        (78.5, 79.5, {"finetune_epochs": 5}, "none but dead units"),
+    ],
+)
+def test_a_cut_below_the_margin_is_remarked(
+    trained: float, pruned: float, more: dict[str, Any], said: str | None
+) -> None:
+    cuts = pd.DataFrame([(0, 80.0, trained, pruned)], columns=["task", "best", "trained", "pruned"])
+    settings = json.dumps({"method": {"margin": 0.01, **more}})
+    made = cell("clnp_m1", SI, FULL, cuts=cuts, settings=settings)
+    told = [note for note in load._remarks([made]) if "could be cut" in note]
+    assert len(told) == (said is not None)
+    assert all("after task 1 " in note and f"so that {said} could be cut" in note for note in told)
 
 
 @pytest.mark.parametrize("experiment", ["split_cifar", "split_cifar_wide"])

@@ -94,6 +94,27 @@ def test_old_tasks_stay_bitwise_and_new_ones_learn_on(multi: bool, iterations: i
     )
 
 
+def test_after_the_last_fine_tuning_none_but_dead_units_go() -> None:
+    """Even if validation accuracy would allow it: nothing would train the others afterwards."""
+
+    class Indifferent(CLNPPlugin):
+        tuned = False
+
+        def _fine_tune(self, *args: Any) -> Any:
+            self.tuned = True
+            return super()._fine_tune(*args)
+
+        def _accuracy(self, strategy: Any) -> float:
+            return 0.5 if self.tuned else super()._accuracy(strategy)
+
+    plugin = Indifferent(margin=0.05, l1=1e-3, finetune=FineTune(epochs=1, lr=1e-5))
+    learner = strategy(nn.Sequential(features(), nn.Linear(24, 3)), plugin)
+    learner.train(benchmark().train_stream[0], eval_streams=[])
+    (entry,) = plugin.history
+    assert entry["new"] == entry["fine_tuning"][-1]["new"]
+    assert min(entry["new"].values()) > 1
+
+
 def test_only_survivors_train_and_only_they_are_read() -> None:
     """Whatever stands in cut rows and columns, the survivors' loss and gradients don't see it."""
     torch.manual_seed(0)

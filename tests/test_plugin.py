@@ -982,6 +982,25 @@ def test_the_latest_epoch_within_the_margin_is_kept(network: Callable[[], nn.Mod
         assert not torch.equal(states[2]["0.weight"], states[4]["0.weight"])
 
 
+@pytest.mark.parametrize("below", ["harmless", "dead"])
+def test_a_network_below_the_margin(below: str) -> None:
+    """Its best epoch is out of reach: what goes costs no accuracy, or none but dead units go."""
+
+    class Better(CLNPPlugin):
+        def _accuracy(self, strategy: Any) -> float:
+            accuracy = super()._accuracy(strategy)
+            return accuracy + (self.network.in_training and len(self.validation_accuracy) == 0)
+
+    plugin = Better(margin=0.1, l1=0.0, below_margin=below)
+    strategy(mlp(), plugin, epochs=3).train(benchmark(tasks=1).train_stream[0], eval_streams=[])
+    (entry,) = plugin.history
+    assert entry["trained_validation"] < entry["best_validation"] - 0.1
+    assert entry["pruned_validation"] >= entry["trained_validation"]
+    few = entry["evaluations"] == 1
+    assert few is (below == "dead")
+    assert (set(entry["thresholds"].values()) == {0.0}) is few
+
+
 def test_the_ready_strategy() -> None:
     model, bench = mlp(), benchmark(tasks=2)
     trainer = CLNP(
@@ -1117,6 +1136,7 @@ def test_an_empty_experience_is_refused() -> None:
         ({"l1": {"0": float("nan")}}, "l1 is nan"),
         ({"thresholds": "both"}, "thresholds is 'both'; choose from 'per-layer', 'shared'"),
         ({"heads": "two"}, "heads is 'two'"),
+        ({"below_margin": "all"}, "below_margin is 'all'"),
         ({"head_bias": "some"}, "head_bias is 'some'"),
     ],
 )

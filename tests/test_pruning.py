@@ -44,6 +44,7 @@ def cut(
     used: Counts | None = None,
     floors: Counts | None = None,
     thresholds: str = "per-layer",
+    **below: str,
 ) -> tuple[Cut, Accuracies]:
     accuracies = Accuracies(function)
     found = graceful_forgetting(
@@ -54,6 +55,7 @@ def cut(
         best,
         margin,
         thresholds,
+        **below,
     )
     # Whatever is returned has been seen, once, and its thresholds give its counts.
     assert found.used in accuracies.asked
@@ -157,12 +159,33 @@ def test_the_bound_itself_is_within_the_margin() -> None:
 
 
 @pytest.mark.parametrize("thresholds", ["per-layer", "shared"])
-def test_a_model_below_the_bound_loses_dead_units_alone(thresholds: str) -> None:
+def test_a_model_below_the_bound_loses_dead_units_alone_if_told(thresholds: str) -> None:
     activity = {"a": falling(3, 2, 0, 0), "b": falling(1, 1, 0)}
-    found, accuracies = cut(activity, lambda c: 0.5, 0.9, 0.1, thresholds=thresholds)
+    found, accuracies = cut(activity, lambda c: 0.5, 0.9, 0.1, thresholds=thresholds, below="dead")
     assert found.used == {"a": 2, "b": 2}
     assert found.thresholds == {"a": 0.0, "b": 0.0}
     assert len(accuracies.asked) == 1
+
+
+@pytest.mark.parametrize("thresholds", ["per-layer", "shared"])
+def test_a_model_below_the_bound_loses_what_costs_nothing_more(thresholds: str) -> None:
+    activity = {"a": falling(3, 3, 2, 0, 0), "b": falling(3, 1, 0)}
+    for least in (3, 2):  # units of a that count
+        found, _ = cut(
+            activity,
+            lambda c, least=least: 0.5 if c["a"] >= least else 0.49,  # type: ignore[misc]
+            0.9,
+            0.1,
+            thresholds=thresholds,
+        )
+        assert (found.used, found.accuracy) == ({"a": least, "b": 1}, 0.5)
+
+
+def test_an_image_that_flips_as_dead_units_go_keeps_no_others() -> None:
+    """The epoch kept is just within the margin; what is left of it rounds to one image less."""
+    activity = {"a": falling(5, 4, 3, 2, 1, 0)}
+    found, _ = cut(activity, lambda c: 0.9815 if c["a"] >= 2 else 0.9, 0.9821, 0.0005)
+    assert (found.used, found.accuracy) == ({"a": 2}, 0.9815)
 
 
 @pytest.mark.parametrize("thresholds", ["per-layer", "shared"])
@@ -241,8 +264,12 @@ def test_a_layer_waits_for_its_share() -> None:
 
 
 @settings(max_examples=40)
-@given(st.randoms(use_true_random=False), st.sampled_from(["per-layer", "shared"]))
-def test_accuracy_that_is_not_monotone(random: Random, thresholds: str) -> None:
+@given(
+    st.randoms(use_true_random=False),
+    st.sampled_from(["per-layer", "shared"]),
+    st.sampled_from(["harmless", "dead"]),
+)
+def test_accuracy_that_is_not_monotone(random: Random, thresholds: str, below: str) -> None:
     table: dict[tuple[int, ...], float] = {}
 
     def accuracy(c: Counts) -> float:
@@ -253,10 +280,12 @@ def test_accuracy_that_is_not_monotone(random: Random, thresholds: str) -> None:
         for name in "abc"
     }
     best, margin = random.randint(5, 20) / 20, random.choice([0.0, 0.1, 0.3])
-    found, accuracies = cut(activity, accuracy, best, margin, thresholds=thresholds)
+    found, accuracies = cut(activity, accuracy, best, margin, thresholds=thresholds, below=below)
     uncut = accuracies.function(accuracies.asked[0])
     if uncut >= best - margin - 1e-9:
         assert found.accuracy >= best - margin - 1e-9
+    elif below == "harmless":
+        assert found.accuracy >= uncut - 1e-9
     else:
         assert found.used == accuracies.asked[0]
 

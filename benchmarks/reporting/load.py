@@ -286,14 +286,21 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
                 f"{', '.join(missing)}; its means are over the others."
             )
     for cell in kept:
-        margin = 100 * (json.loads(cell.settings)["method"].get("margin") or 0)
+        settings = json.loads(cell.settings)["method"]
+        margin = 100 * (settings.get("margin") or 0)
         cuts = cell.cuts
-        below = cuts.loc[cuts["trained"] < cuts["best"] - margin - ROUNDING, "task"]
+        # Without its dead units a network that has spent the margin can round to below it.
+        reached = cuts["trained"]
+        if not settings.get("finetune_epochs"):
+            reached = cuts[["trained", "pruned"]].min(axis=1)
+        below = cuts.loc[reached < cuts["best"] - margin - ROUNDING, "task"]
         if len(below):
+            harmless = settings.get("below_margin") == "harmless"
+            cut = "only what costs no accuracy" if harmless else "none but dead units"
             notes.append(
                 f"{cell.name}: after task{'s' if len(below) > 1 else ''} "
                 f"{', '.join(str(task + 1) for task in below)} the network was more than m below "
-                "its best epoch, so that none but dead units were cut."
+                f"its best epoch, so that {cut} could be cut."
             )
     for cell in kept:
         over = cell.ablation[cell.ablation["drop"] > cell.ablation["margin"] + ROUNDING]
