@@ -139,14 +139,16 @@ def tuned(folder: Path) -> Iterator[Finding]:
         except UserError as error:
             yield Finding("wrong", str(error))
             continue
-        method = METHODS.get(records.holder(result))
+        holder = records.holder(result)
+        method = METHODS.get(holder)
         if method is None or result["experiment"] not in method.settings:
             continue
         wrong = tune.mismatches(result, method.settings[result["experiment"]])
         if wrong:
-            yield Finding("warning", f"{path}: settings are not the winner's ({'; '.join(wrong)})")
+            told = f"settings of {holder} are not the winner's ({'; '.join(wrong)})"
+            yield Finding("warning", f"{path}: {told}")
         else:
-            yield Finding("ok", f"{path}: settings are the winner's")
+            yield Finding("ok", f"{path}: settings of {holder} are the winner's")
 
 
 def code() -> Iterator[Finding]:

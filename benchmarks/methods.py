@@ -60,7 +60,7 @@ class CLNPSettings(Settings):
     """How often to cut and fine-tune."""
     below_margin: Literal["harmless", "dead"] = "dead"
     """What is cut if the trained network is below the margin already; see `clnp.CLNPPlugin`, whose
-    default is the better one. This one's has the records."""
+    default is another (reports/trials/quickstart_below_margin.csv). The records are of this one."""
     grid_l1: tuple[tuple[float, ...], ...] = ()
     """L1 strengths to try, each in the form of `l1`; none: `l1` alone."""
     grid_lr: tuple[float, ...] = ()

@@ -154,12 +154,12 @@ class CLNPPlugin(SupervisedPlugin):
     ----------
     history : list of dict
         For each learnt task: its name, the epoch kept (1 is the first) of how many, best (of the
-        epochs, or of the whole grid), trained (of the epoch kept) and pruned validation accuracy,
-        thresholds, new units, how many cuts were evaluated; for each fine-tuning the units and the
-        accuracies before and after; ``reused_ablation``: validation accuracy where the task reads
-        no older units but the reused ones, its drop from the pruned one, the margin that it is held
-        against, and how many units were cut for it; and ``widened``, the units that layers were
-        widened by before it.
+        epochs, or of the whole grid), trained (of the epoch kept), living (without its dead units)
+        and pruned validation accuracy, thresholds, new units, how many cuts were evaluated; for
+        each fine-tuning the units and the accuracies before and after; ``reused_ablation``:
+        validation accuracy where the task reads no older units but the reused ones, its drop from
+        the pruned one, the margin that it is held against, and how many units were cut for it; and
+        ``widened``, the units that layers were widened by before it.
     validation_accuracy : list of float
         Validation accuracy after each epoch of the task in training (or just trained).
     candidates : list of dict
@@ -810,6 +810,7 @@ class CLNPPlugin(SupervisedPlugin):
             "epochs": len(outcome.validation),
             "best_validation": scan.best,
             "trained_validation": outcome.validation[outcome.epoch - 1],
+            "living_validation": scan.cut.living,
             "pruned_validation": cut.accuracy,
             "thresholds": dict(cut.thresholds),
             "new": {layer: cut.used[layer] - before[layer] for layer in cut.used},

@@ -8,6 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from clnp.arguments import choice
 from clnp.errors import CLNPError
 from clnp.layout import Layout, Part
 
@@ -126,12 +127,15 @@ class Cut:
         Validation accuracy after the cut.
     evaluations
         How many candidates were evaluated.
+    living
+        Validation accuracy without the dead units (theta = 0), with nothing else cut.
     """
 
     used: dict[str, int]
     thresholds: dict[str, float]
     accuracy: float
     evaluations: int
+    living: float
 
 
 @dataclass(frozen=True)
@@ -208,9 +212,13 @@ def graceful_forgetting(
 
     Raises
     ------
+    ValueError
+        If ``thresholds`` or ``below`` is none of its values.
     CLNPError
         If activities aren't finite: units that give no numbers would spoil every later task.
     """
+    choice("thresholds", thresholds, ("per-layer", "shared"))
+    choice("below", below, ("harmless", "dead"))
     for name, each in activity.items():
         if not bool(torch.isfinite(each).all()):
             raise CLNPError(
@@ -247,6 +255,7 @@ def graceful_forgetting(
         {name: rungs[name].thresholds[i] for name, i in places.items()},
         accuracy(places),
         len(cache),
+        living,
     )
 
 

@@ -113,7 +113,7 @@ def search(
     The grid is all pairs of alpha and learning rate. m is the plugin's margin, and counts from the
     best validation accuracy of all epochs of all candidates. Of those that hold it, the one is
     learnt that takes the smallest sum over layers of new units / width; of equal ones that with
-    fewer new weights, then the first. If none holds it even uncut (with ``keep_epoch="last"`` an
+    fewer new weights, then the first. If none holds it after its cut (with ``keep_epoch="last"`` an
     epoch in between can be better than all last ones), the most accurate is learnt. A candidate
     whose training raises ``FloatingPointError`` or ends in NaN or infinity is out.
 

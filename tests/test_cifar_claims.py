@@ -303,27 +303,33 @@ def test_a_reduced_run_is_marked_in_its_pictures(
 
 
 @pytest.mark.parametrize(
-    ("trained", "pruned", "more", "said"),
+    ("living", "more", "said"),
     [
-        (80.0, 79.0, {}, None),
-        (79.0, 79.0, {}, None),
-        (78.5, 78.5, {}, "none but dead units"),
-        (79.0, 78.98, {}, "none but dead units"),  # it had spent the margin, and rounds otherwise
-        (79.0, 78.98, {"below_margin": "dead"}, "none but dead units"),
-        (79.0, 78.98, {"below_margin": "harmless"}, "only what costs no accuracy"),
-        (80.0, 78.5, {"finetune_epochs": 5}, None),  # lost in fine-tuning, after the cut
-        (78.5, 79.5, {"finetune_epochs": 5}, "none but dead units"),
+        (80.0, {}, None),
+        (79.0, {}, None),
+        (78.98, {}, "none but dead units"),
+        (78.98, {"below_margin": "dead"}, "none but dead units"),
+        (78.98, {"below_margin": "harmless"}, "only what costs no accuracy"),
     ],
 )
 def test_a_cut_below_the_margin_is_remarked(
-    trained: float, pruned: float, more: dict[str, Any], said: str | None
+    living: float, more: dict[str, Any], said: str | None
 ) -> None:
-    cuts = pd.DataFrame([(0, 80.0, trained, pruned)], columns=["task", "best", "trained", "pruned"])
+    columns = ["task", "best", "trained", "living", "pruned"]
+    cuts = pd.DataFrame([(0, 80.0, 79.0, living, 79.0)], columns=columns)
     settings = json.dumps({"method": {"margin": 0.01, **more}})
     made = cell("clnp_m1", SI, FULL, cuts=cuts, settings=settings)
     told = [note for note in load._remarks([made]) if "could be cut" in note]
     assert len(told) == (said is not None)
     assert all("after task 1 " in note and f"so that {said} could be cut" in note for note in told)
+
+
+def test_older_records_tell_what_was_living_by_their_cut() -> None:
+    entry: dict[str, Any] = {"trained_validation": 0.79, "pruned_validation": 0.78}
+    assert load._living(entry) == 0.78
+    entry["fine_tuning"] = [{"cut_validation": 0.77}, {"cut_validation": 0.76}]
+    assert load._living(entry) == 0.77
+    assert load._living(entry | {"living_validation": 0.785}) == 0.785
 
 
 @pytest.mark.parametrize("experiment", ["split_cifar", "split_cifar_wide"])

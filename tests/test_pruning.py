@@ -60,6 +60,7 @@ def cut(
     # Whatever is returned has been seen, once, and its thresholds give its counts.
     assert found.used in accuracies.asked
     assert found.accuracy == function(found.used)
+    assert found.living == function(accuracies.asked[0])  # no living unit cut yet
     assert found.evaluations == len(accuracies.asked)
     assert len({tuple(counts.values()) for counts in accuracies.asked}) == found.evaluations
     return found, accuracies
@@ -351,6 +352,14 @@ def test_older_units_are_never_cut() -> None:
     assert found.used == {"a": 2}  # a task may need no new unit
     found, _ = cut(activity, lambda c: 1.0, 1.0, 0.0, used={"a": 2}, floors={"a": 3})
     assert found.used == {"a": 3}
+
+
+@pytest.mark.parametrize("name", ["thresholds", "below"])
+def test_a_misspelt_choice_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 'ded'"):
+        graceful_forgetting(
+            {"a": falling(1)}, {"a": 0}, {"a": 1}, lambda c: 1.0, 1.0, 0.1, **{name: "ded"}
+        )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

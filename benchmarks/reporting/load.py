@@ -140,12 +140,13 @@ def decode(record: dict[str, Any]) -> Cell:
                     task,
                     100 * entry["best_validation"],
                     100 * entry.get("trained_validation", entry["best_validation"]),
+                    100 * _living(entry),
                     100 * entry["pruned_validation"],
                 )
                 for task, entry in enumerate(record.get("history", []))
                 if "pruned_validation" in entry
             ],
-            columns=["task", "best", "trained", "pruned"],
+            columns=["task", "best", "trained", "living", "pruned"],
         ),
         capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
         sufficiency=pd.DataFrame(
@@ -272,6 +273,18 @@ def cells(records_dir: Path, experiment: str, paper: bool) -> tuple[list[Cell], 
     return kept, notes + _remarks(kept)
 
 
+def _living(entry: dict[str, Any]) -> float:
+    """Return the validation accuracy of a task's network without its dead units.
+
+    Records before 2026-11-28 don't tell it. If it was below the margin, their cut took nothing
+    else, and its accuracy is the one after the cut; if not, so is that.
+    """
+    first: dict[str, Any] = next(iter(entry.get("fine_tuning", [])), {})
+    cut = first.get("cut_validation", entry["pruned_validation"])
+    living: float = entry.get("living_validation", cut)
+    return living
+
+
 def _remarks(kept: Sequence[Cell]) -> list[str]:
     notes = []
     for method in dict.fromkeys(cell.method for cell in kept):
@@ -289,18 +302,14 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
         settings = json.loads(cell.settings)["method"]
         margin = 100 * (settings.get("margin") or 0)
         cuts = cell.cuts
-        # Without its dead units a network that has spent the margin can round to below it.
-        reached = cuts["trained"]
-        if not settings.get("finetune_epochs"):
-            reached = cuts[["trained", "pruned"]].min(axis=1)
-        below = cuts.loc[reached < cuts["best"] - margin - ROUNDING, "task"]
+        below = cuts.loc[cuts["living"] < cuts["best"] - margin - ROUNDING, "task"]
         if len(below):
             harmless = settings.get("below_margin") == "harmless"
             cut = "only what costs no accuracy" if harmless else "none but dead units"
             notes.append(
                 f"{cell.name}: after task{'s' if len(below) > 1 else ''} "
-                f"{', '.join(str(task + 1) for task in below)} the network was more than m below "
-                f"its best epoch, so that {cut} could be cut."
+                f"{', '.join(str(task + 1) for task in below)} the network without its dead units "
+                f"was more than m below its best epoch, so that {cut} could be cut."
             )
     for cell in kept:
         over = cell.ablation[cell.ablation["drop"] > cell.ablation["margin"] + ROUNDING]

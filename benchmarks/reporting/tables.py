@@ -205,7 +205,11 @@ def main_frame(
         What was tried for the methods, as far as they were tuned.
     """
     groups = by_method(cells)
-    tried = {holder(tuning): _configurations(tuning) for tuning in tunings}
+    tried = {
+        name: _configurations(tuning)
+        for tuning in tunings
+        for name in (tuning["method"], holder(tuning))
+    }
     rows = []
     for method in sorted({*every, *groups}, key=rank):
         mine = groups.get(method, [])
@@ -916,8 +920,8 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
         "(the first of equals), and its settings are the method's. Training: time of one seed. "
         "n: seeds; where there are fewer than in the budget, the others diverged.",
         *(
-            f"{label(tuning['method'])} keeps the settings that its paper prints; the winner has "
-            f"a row of its own: {label(holder(tuning))}."
+            f"{label(tuning['method'])} keeps the settings that its paper prints, whatever wins; "
+            f"the winner's are those of the method {label(holder(tuning))}."
             for tuning in tunings
             if holder(tuning) != tuning["method"]
         ),
