@@ -139,16 +139,16 @@ def tuned(folder: Path) -> Iterator[Finding]:
         except UserError as error:
             yield Finding("wrong", str(error))
             continue
-        holder = records.holder(result)
-        method = METHODS.get(holder)
+        name = records.tuned_method(result)
+        method = METHODS.get(name)
         if method is None or result["experiment"] not in method.settings:
             continue
         wrong = tune.mismatches(result, method.settings[result["experiment"]])
         if wrong:
-            told = f"settings of {holder} are not the winner's ({'; '.join(wrong)})"
+            told = f"settings of {name} are not the winner's ({'; '.join(wrong)})"
             yield Finding("warning", f"{path}: {told}")
         else:
-            yield Finding("ok", f"{path}: settings of {holder} are the winner's")
+            yield Finding("ok", f"{path}: settings of {name} are the winner's")
 
 
 def code() -> Iterator[Finding]:

@@ -202,7 +202,7 @@ PRINTED = {("pmnist", "clnp"): "clnp_best"}
 winners of their grids."""
 
 
-def holder(result: Tuning) -> str:
+def tuned_method(result: Tuning) -> str:
     """Return the method whose settings are to be those of a grid's winner."""
     method: str = result["method"]
     return PRINTED.get((result["experiment"], method), method)

@@ -350,7 +350,7 @@ def verdict(result: Tuning) -> str:
 
     They are the method's own, or those of the method that `benchmarks.records.PRINTED` names.
     """
-    preset, method = result["experiment"], records.holder(result)
+    preset, method = result["experiment"], records.tuned_method(result)
     wrong = mismatches(result, METHODS[method].settings[preset])
     if result["winner"] is None:
         return f"{method} for {preset}: {'; '.join(wrong)}."

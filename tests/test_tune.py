@@ -379,7 +379,7 @@ def disagreement(path: Path) -> list[str]:
     """Return where a method's settings are not those of the winner in a file."""
     result = records.read_tuning(path)
     assert path.parts[-2:] == (result["experiment"], f"{result['method']}.json")
-    method = METHODS[records.holder(result)]
+    method = METHODS[records.tuned_method(result)]
     return tune.mismatches(result, method.settings[result["experiment"]])
 
 

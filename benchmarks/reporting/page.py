@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 
 from benchmarks.errors import UserError
-from benchmarks.records import Tuning, holder
+from benchmarks.records import Tuning, tuned_method
 from benchmarks.reporting import claims, figures, load, tables
 from benchmarks.reporting.figures import Picture
 from benchmarks.reporting.load import Cell, Targets, label
@@ -101,7 +101,7 @@ def _tables(
             tables.seeds_table(cells),
         ]
     if tunings:
-        tuned = {name for tuning in tunings for name in (tuning["method"], holder(tuning))}
+        tuned = {name for tuning in tunings for name in (tuning["method"], tuned_method(tuning))}
         untuned = [method for method in tables.by_method(cells) if method not in tuned]
         details.append(tables.tuning_table(tunings, untuned))
     return headline, [table for table in details if table is not None]

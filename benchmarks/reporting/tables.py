@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from benchmarks.experiment import canonical
-from benchmarks.records import Tuning, holder
+from benchmarks.records import Tuning, tuned_method
 from benchmarks.reporting.load import SEARCH, Cell, Targets, label, rank
 from benchmarks.reporting.stats import (
     NAN,
@@ -208,7 +208,7 @@ def main_frame(
     tried = {
         name: _configurations(tuning)
         for tuning in tunings
-        for name in (tuning["method"], holder(tuning))
+        for name in (tuning["method"], tuned_method(tuning))
     }
     rows = []
     for method in sorted({*every, *groups}, key=rank):
@@ -921,9 +921,9 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
         "n: seeds; where there are fewer than in the budget, the others diverged.",
         *(
             f"{label(tuning['method'])} keeps the settings that its paper prints, whatever wins; "
-            f"the winner's are those of the method {label(holder(tuning))}."
+            f"the winner's are those of the method {label(tuned_method(tuning))}."
             for tuning in tunings
-            if holder(tuning) != tuning["method"]
+            if tuned_method(tuning) != tuning["method"]
         ),
     ]
     if budgets:
