@@ -775,7 +775,7 @@ _CLNP_WIDE = CLNPSettings(
 )
 """The paper's margin, its search for every task, and early stopping; the grid is ours."""
 _CLNP_WIDE_REDUCED = dataclasses.replace(
-    _CLNP_WIDE, grid_l1=(), grid_lr=(), l1=(3e-3, 3e-3, 3e-3, 5e-3, 2e-2, 2e-2)
+    _CLNP_WIDE, grid_l1=(), grid_lr=(), lr=0.002, l1=(1e-3, 1e-3, 1e-3, 2e-3, 1.5e-2, 1.5e-2)
 )
 """With few steps and channels the last hidden layer would be full after few tasks, at less:
 reports/trials/split_cifar_wide_reduced_l1.csv."""
@@ -887,7 +887,7 @@ METHODS: dict[str, Method[Any]] = {
                 "quickstart": JointSettings(lr=0.004, epochs=40),
                 _WIDE[0]: JOINT_WIDE,
                 _WIDE[1]: dataclasses.replace(
-                    JOINT_WIDE, epochs=20, per_task=(14, 14), milestones=(8, 15)
+                    JOINT_WIDE, epochs=14, per_task=(14, 14), milestones=(6, 10)
                 ),
             },
             task_id_at_test=frozenset(_WIDE),

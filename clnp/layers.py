@@ -70,8 +70,8 @@ def _batch_norm(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) 
         module.num_batches_tracked.add_(1)
         if module.momentum is None:
             momentum = 1.0 / float(module.num_batches_tracked)
-    return F.batch_norm(
-        x,
+    out = F.batch_norm(
+        _dense(x),
         tensors["running_mean"],
         tensors["running_var"],
         tensors["weight"],
@@ -80,6 +80,15 @@ def _batch_norm(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) 
         momentum,
         module.eps,
     )
+    if out.requires_grad:  # what comes back is a slice too
+        out.register_hook(_dense)
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it if it is a slice: a CPU's batch norm is slow on slices."""
+    spans = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x if spans == x.numel() else x.clone()
 
 
 def _grouped_conv(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
