@@ -778,7 +778,7 @@ _CLNP_WIDE_REDUCED = dataclasses.replace(
     _CLNP_WIDE, grid_l1=(), grid_lr=(), lr=0.002, l1=(1e-3, 1e-3, 1e-3, 2e-3, 1.5e-2, 1.5e-2)
 )
 """With few steps and channels the last hidden layer would be full after few tasks, at less:
-reports/trials/split_cifar_wide_reduced_l1.csv."""
+reports/trials/split_cifar_wide_reduced_12_epochs.csv."""
 _PLAIN = {
     "pmnist": Settings(epochs=20),
     "quickstart": Settings(lr=0.004, epochs=40),
