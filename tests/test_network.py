@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Avalanche's own imports warn of
@@ -954,3 +955,44 @@ def test_a_single_head_learns_on_while_one_of_its_layers_is_full(full: str) -> N
     with torch.no_grad():
         model.get_submodule(full).weight.fill_(1.0)
     assert torch.equal(logits(network, 1, x), expected)
+
+
+class _BatchNorms(TorchDispatchMode):
+    """The tensors as large as a batch that batch norm's kernels are given, forwards and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards: list[Tensor] = []
+        self.backwards: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if "batch_norm" in str(func):
+            given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+            (self.backwards if "backward" in str(func) else self.forwards).extend(given)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_runs_on_dense_tensors_beside_frozen_channels(
+    memory: torch.memory_format,
+) -> None:
+    """Its kernels for the CPU take several times as long on slices of the channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 9, 3, padding=1), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 3, 4)),
+        nn.Flatten(),
+    ).to(memory_format=memory)
+    x = torch.randn(6, 3, 4, 4).to(memory_format=memory)
+    network = PartitionedNetwork(model, find_layout(model, call, x), single_head=True)
+    network.learn({group.name: 3 for group in network.layout.groups})
+    begin(network, x)
+    with network.view(network.training_view), _BatchNorms() as seen:
+        F.cross_entropy(network.model(x), torch.arange(6) % 3).backward()
+    # Frozen and free of the first layer, the free ones that the head reads of the second.
+    assert len(seen.forwards) == 3
+    assert len(seen.backwards) == 4  # of free ones: the input, and the gradient of the output
+    for tensor in (*seen.forwards, *seen.backwards):
+        assert tensor.is_contiguous(memory_format=memory)
