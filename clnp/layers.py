@@ -87,8 +87,8 @@ def _batch_norm(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) 
 
 def _dense(x: Tensor) -> Tensor:
     """The tensor, or a copy of it if it is a slice: a CPU's batch norm is slow on slices."""
-    spans = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return x if spans == x.numel() else x.clone()
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x if span == x.numel() else x.clone()
 
 
 def _grouped_conv(module: nn.Module, x: Tensor, tensors: Tensors, training: bool) -> Tensor:
