@@ -842,7 +842,7 @@ METHODS: dict[str, Method[Any]] = {
                 name: dataclasses.replace(
                     _margin(0.04), finetune_epochs=epochs, finetune_lr=1e-4, finetune_l1=(5e-5,)
                 )
-                for name, epochs in zip(_NARROW, (20, 5), strict=True)
+                for name, epochs in zip(_NARROW, (20, 3), strict=True)
             },
             task_id_at_test=True,
         ),
