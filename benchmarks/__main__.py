@@ -289,7 +289,7 @@ def experiment_of(options: Run) -> Experiment:
 
 def run(options: Run) -> int:
     """Run a grid of cells, rebuild the report and print its main table."""
-    from benchmarks.reporting import page
+    from benchmarks.reporting import load, page
     from benchmarks.runner import Places, plan, run_grid
 
     experiment, work = experiment_of(options), options.work
@@ -309,7 +309,8 @@ def run(options: Run) -> int:
         options.deterministic,
     )
     if code in (0, 1):
-        print(page.build(options.records_dir, options.out_dir, [experiment.name]))
+        recorded = experiment.name in load.experiments(options.records_dir)
+        print(page.build(options.records_dir, options.out_dir, [experiment.name][:recorded]))
         print(f"Tables and figures: {options.out_dir / 'index.html'}")
     return code
 

@@ -297,6 +297,12 @@ def _rounding(environment: dict[str, Any]) -> dict[str, Any]:
     return {key: environment[key] for key in ROUNDING}
 
 
+def rounding(device: torch.device) -> dict[str, Any]:
+    """Return what of the environment decides the bits of a training."""
+    here = environment(device)
+    return _rounding(here) | {"deterministic": here["deterministic"]}
+
+
 def _moved(now: dict[str, Any], *before: dict[str, Any]) -> dict[str, Any]:
     """Return the environment that trains, and others in which parts were trained before."""
     found = [_rounding(each) for other in before for each in (*other.get("earlier", ()), other)]
@@ -430,15 +436,16 @@ def run(
         states.ignored.append(f"{folder} was begun by changed code, and the record will say so")
     began = started
     trials: dict[int, SharedTrials] = {}
+    here = rounding(device)
 
     def trials_of(task: int) -> SharedTrials:
         where, name = folder / f"task{task}.pt", f"{cell.hash} task {task}"
-        return trials.setdefault(task, SharedTrials(where, name, git, device, candidates))
+        return trials.setdefault(task, SharedTrials(where, name, git, here, candidates))
 
     def save_training(saved: dict[str, Any]) -> None:
         spent = time.perf_counter() - began
-        here = {"spent": spent, "git": course.git, "environment": course.environment}
-        states.write_within(saved | here)
+        facts = {"spent": spent, "git": course.git, "environment": course.environment}
+        states.write_within(saved | facts)
 
     saver = Saver(save_training, within, stop, save_every)
     with warnings.catch_warnings():

@@ -725,7 +725,13 @@ class Method(Generic[S]):
             If the method has no settings for the preset, or a change is not possible.
         """
         if experiment.preset not in self.settings:
-            raise UserError(f"{self.name} has no settings for {experiment.preset}.")
+            there = (
+                name for name, method in METHODS.items() if experiment.preset in method.settings
+            )
+            raise UserError(
+                f"{self.name} has no settings for {experiment.preset}. These have: "
+                f"{', '.join(there)}."
+            )
         settings = self.settings[experiment.preset]
         for change in experiment.settings:
             target, separator, value = change.partition("=")

@@ -464,7 +464,7 @@ def trials(
     if cell.trained_hash is None:
         return None
     path = runs / "shared" / f"seed{cell.seed}-{cell.trained_hash[:8]}.pt"
-    shared = SharedTrials(path, cell.trained_hash, git, device, executor)
+    shared = SharedTrials(path, cell.trained_hash, git, cells.rounding(device), executor)
     return shared if shares(cell, others) or shared.files() else None
 
 

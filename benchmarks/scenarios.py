@@ -271,9 +271,19 @@ def plan_epoch(
         For each task the (M_t,) int64 samples that it gives, in the order of the batches.
     list of list of int
         For each batch the (T,) numbers of samples that it takes of each task.
+
+    Raises
+    ------
+    UserError
+        A task has fewer samples than each batch is to take of it.
     """
     if per_task is not None:
         batches = min(size // taken for size, taken in zip(sizes, per_task, strict=True) if taken)
+        if batches == 0:
+            raise UserError(
+                f"per_task = {', '.join(map(str, per_task))}: the tasks have "
+                f"{', '.join(map(str, sizes))} training samples, too few for a batch"
+            )
         orders = [_order(size, generator) for size in sizes]
         return (
             [order[: batches * taken] for order, taken in zip(orders, per_task, strict=True)],
@@ -710,7 +720,8 @@ def split(
     Raises
     ------
     UserError
-        More tasks than the classes make, or a validation part that leaves no training images.
+        More tasks than the classes make, or a validation part that leaves a task no training images
+        or has none of its own.
     """
     most = images.classes // classes_per_task
     if not 1 <= tasks <= most:
@@ -734,8 +745,16 @@ def split(
             rest.append(members[count:])
         kept["train"].append(torch.cat(rest).sort().values)
         kept["valid"].append(torch.cat(held).sort().values)
+    for name, part in kept.items():
+        empty = [str(task) for task, chosen in enumerate(part) if len(chosen) == 0]
+        if empty and (validation > 0 or name == "train"):
+            kind = {"train": "training", "valid": "validation"}[name]
+            raise UserError(
+                f"validation = {validation} leaves no {kind} images of task {', '.join(empty)} "
+                f"(counted from 0): it is the share of each class's images that is held out, or 0"
+            )
     sources = {"train": (images.train_x, images.train_y), "valid": (images.train_x, images.train_y)}
-    if not any(len(chosen) for chosen in kept["valid"]):
+    if validation == 0:
         del kept["valid"]
     if images.test_x is not None and images.test_y is not None:
         sources["test"] = (images.test_x, images.test_y)

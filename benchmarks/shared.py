@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.errors import UserError
 from benchmarks.records import remove_leftovers
 from benchmarks.resume import FORMAT, load_state, save_state
@@ -29,8 +27,9 @@ class SharedTrials(Executor):
         Names the training; see `Cell.trained_hash`.
     git
         Commit and cleanness of the code; trainings of another commit are not used.
-    device
-        Where to train; trainings on another kind of device are not used.
+    rounding
+        What the bits of a training depend on beside its code; see `benchmarks.cell.rounding`.
+        Trainings elsewhere are not used: the record could not name them.
     executor
         Where candidates are trained that aren't on file; None: here, one after another.
     """
@@ -40,13 +39,13 @@ class SharedTrials(Executor):
         path: Path,
         hash_: str,
         git: dict[str, Any],
-        device: torch.device,
+        rounding: dict[str, Any],
         executor: Executor | None = None,
     ) -> None:
         self.executor = executor
         self.path = path
         self.hash = hash_
-        self.made = {"commit": git["commit"], "device": device.type}
+        self.made = {"commit": git["commit"], **rounding}
         self.dirty = bool(git["dirty"])
         """Whether this code has uncommitted changes."""
         self.saved = 0.0

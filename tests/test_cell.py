@@ -470,7 +470,7 @@ def test_a_task_goes_on_whoever_shares_it(
     """A training that was begun for several cells is gone on with for one, and the reverse."""
     cell = cell_of("clnp", images=images)
     assert cell.trained_hash is not None
-    shared = SharedTrials(tmp_path / "shared.pt", cell.trained_hash, GIT, torch.device("cpu"))
+    shared = SharedTrials(tmp_path / "shared.pt", cell.trained_hash, GIT, {})
     for first, then in ((shared, None), (None, shared)):
         folder = tmp_path / str(first is None)
         steps.count = 0

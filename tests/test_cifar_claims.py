@@ -159,6 +159,9 @@ def test_even_growth_then_little_room() -> None:
     mine = [cell("clnp_m2", [v + 0.1 * s for v in ours], GROWN, s) for s in range(2)]
     assert verdict("F5-linear", WIDE, mine + alone).word == "reproduced"
     assert verdict("F5-linear", WIDE, [mine[0], alone[0]]).word == "consistent (n = 1)"
+    # Below training alone, but no more than the tasks before: that is no lack of room.
+    low = [cell("clnp_m2", [*[59.0 + 0.1 * s] * 7, *ours[7:]], GROWN, s) for s in range(2)]
+    assert verdict("F5-linear", WIDE, low + alone).word == "partly"
     uneven = GROWN | {"conv5": [0.5, *np.linspace(0.55, 0.9, 8), 1.0]}
     one = [cell("clnp_m2", [*TEN, NAN], uneven), alone[0]]
     assert verdict("F5-linear", WIDE, one).word == "partly consistent (n = 1)"
@@ -286,20 +289,27 @@ def test_a_task_that_finds_no_free_unit_is_marked() -> None:
 
 
 @pytest.mark.parametrize("experiment", ["split_cifar_reduced", "split_cifar_wide_reduced"])
-def test_a_reduced_run_is_marked_in_its_pictures(
+def test_a_reduced_run_is_marked_in_its_pictures_and_tables(
     experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = [cell("clnp_m1", SI, FULL), cell("clnp_m2", SI, ROOM)]
     monkeypatch.setattr(load, "cells", lambda *_, **__: (made, []))
 
     def drawn(target: dict[str, Any]) -> dict[str, bytes]:
-        pictures = page.section(tmp_path, experiment, target, tmp_path).pictures
-        return {picture.name: picture.png for picture in pictures}
+        made = page.section(tmp_path, experiment, target, tmp_path)
+        page._write(tmp_path, made)
+        shown = (*made.pictures, *made.headline, *made.details)
+        assert all(
+            (target.get("mark", "none") in part.caption) is ("mark" in target) for part in shown
+        )
+        return {
+            path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".csv"
+        }
 
     target = TARGETS[experiment]
     marked, plain = drawn(target), drawn({k: v for k, v in target.items() if k != "mark"})
-    for name in (target["final"]["file"], target["use"]["file"]):
-        assert marked[name] != plain[name]
+    assert {"fig4a.png", "fig4b.png"} <= set(marked) or {"fig5a.png", "fig5b.png"} <= set(marked)
+    assert [name for name in marked if marked[name] == plain[name]] == []
 
 
 @pytest.mark.parametrize(

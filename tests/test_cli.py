@@ -173,6 +173,10 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert "RuntimeError: a made-up fault" in text
     assert '"lr"' in text
 
+    # Where nothing is recorded at all, that isn't told in place of the fault.
+    assert run("--methods", "finetune", "--seeds", "1", "--tasks", "1") == 1
+    assert "a made-up fault" in capsys.readouterr().out
+
     # A rerun tries only what is missing, and tidies up.
     tried: list[str] = []
     monkeypatch.setattr(

@@ -26,8 +26,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SESSIONS = {
-    *("env", "lint", "typecheck", "tests", "slow", "peer"),
-    *("speed", "quickstart", "pmnist", "prepare", "report"),
+    *("env", "lint", "typecheck", "tests", "slow", "gpu", "peer", "fuzz", "speed"),
+    *("quickstart", "pmnist", "split_cifar", "split_cifar_wide"),
+    *("split_cifar_reduced", "split_cifar_wide_reduced", "tune", "prepare", "report"),
 }
 
 

@@ -218,11 +218,21 @@ def test_what_a_custom_experiment_changes_is_told_and_what_holding_out_costs(
     less["config"]["experiment"] = changed | {"settings": ["si.early_stopping=False"]}
     put(tmp_path, less)
     cells, _ = load.cells(tmp_path, "pmnist", paper=True)
-    assert load.without_holdout(tmp_path, "pmnist", cells[0]) == []
+    assert load.without_holdout(tmp_path, "pmnist", cells) == []
     less["config"]["experiment"] = changed | {"epochs": 1}
     put(tmp_path, less)
-    cells, _ = load.cells(tmp_path, "pmnist", paper=True)
-    assert load.without_holdout(tmp_path, "pmnist", cells[0]) == []
+    assert load.without_holdout(tmp_path, "pmnist", cells) == []
+    # So would one from before the method's settings changed, or its code did.
+    less["config"]["experiment"] = changed
+    method, revision = less["config"]["method"], less["config"]["revision"]
+    for part in (
+        {"method": method | {"lr": 1.0}},
+        {"revision": revision + 1},
+        {"method": method | {"early_stopping": True}},
+    ):
+        put(tmp_path, less | {"config": less["config"] | part})
+        kept = load.without_holdout(tmp_path, "pmnist", cells)
+        assert bool(kept) is ("early_stopping" in part.get("method", {}))
 
 
 def test_numbers_of_others_stand_below_ours() -> None:

@@ -20,7 +20,7 @@ from benchmarks.data import Images, join, load
 from benchmarks.errors import UserError
 from benchmarks.experiment import Experiment
 from benchmarks.learners import Setup
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, CLNPSettings, JointSettings
 from benchmarks.models import MultiHead, PartedHead, narrow, wide
 from benchmarks.quickstart import Quickstart
 from benchmarks.reporting.load import decode
@@ -156,7 +156,15 @@ def test_without_validation_or_test_data_there_is_no_such_stream(images: Images)
 
 @pytest.mark.parametrize(
     ("tasks", "validation", "says"),
-    [(4, 0.1, "1 to 3 tasks"), (0, 0.1, "1 to 3 tasks"), (2, 1.0, "share"), (2, -0.1, "share")],
+    [
+        (4, 0.1, "1 to 3 tasks"),
+        (0, 0.1, "1 to 3 tasks"),
+        (2, 1.0, "share"),
+        (2, -0.1, "share"),
+        (3, 0.999, "no training images of task 0, 1, 2 "),
+        (3, 0.0001, "no validation images of task 0, 1, 2 "),
+        (3, 0.03, "no validation images of task 1, 2 "),
+    ],
 )
 def test_impossible_splits_are_named(
     images: Images, tasks: int, validation: float, says: str
@@ -269,19 +277,41 @@ def test_impossible_presets_are_named(change: dict[str, Any], says: str) -> None
 # --- networks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", [2, 3])
-def test_narrow_network_is_that_of_table_2(pool: int) -> None:
-    body, features = narrow(pool)
+def described(network: nn.Module) -> list[str]:
+    """Return what each layer is, with all that its table in the paper tells of it."""
+
+    def one(layer: nn.Module) -> str:
+        match layer:
+            case nn.Conv2d():
+                shape = f"{layer.in_channels}-{layer.out_channels} {layer.kernel_size}"
+                return f"conv {shape} stride {layer.stride} pad {layer.padding}"
+            case nn.MaxPool2d():
+                return f"max {layer.kernel_size} stride {layer.stride} pad {layer.padding}"
+            case nn.BatchNorm2d():
+                return f"norm {layer.num_features}"
+            case nn.AdaptiveAvgPool2d():
+                return f"mean to {layer.output_size}"
+            case nn.Linear():
+                return f"dense {layer.in_features}-{layer.out_features}"
+            case nn.Dropout():
+                return f"dropout {layer.p}"
+        return type(layer).__name__
+
+    return [one(layer) for layer in network.children()]
+
+
+@pytest.mark.parametrize("pool", ["2 stride 2 pad 0", "3 stride 2 pad 1"])
+def test_narrow_network_is_that_of_table_2(pool: str) -> None:
+    body, features = narrow(int(pool[0]))
     assert body(torch.rand(2, 3, 32, 32)).shape == (2, features) == (2, 512)
-    weights = {name: p.shape for name, p in body.named_parameters() if name.endswith("weight")}
-    assert weights == {
-        "conv1.weight": (32, 3, 3, 3),
-        "conv2.weight": (32, 32, 3, 3),
-        "conv3.weight": (64, 32, 3, 3),
-        "conv4.weight": (64, 64, 3, 3),
-        "fc.weight": (512, 4096),
-    }
-    assert [m.p for m in body if isinstance(m, nn.Dropout)] == [0.25, 0.25, 0.5]
+    same = "(3, 3) stride (1, 1) pad (1, 1)"
+    assert described(body) == [
+        *(f"conv 3-32 {same}", "ReLU", f"conv 32-32 {same}", "ReLU"),
+        *(f"max {pool}", "dropout 0.25"),
+        *(f"conv 32-64 {same}", "ReLU", f"conv 64-64 {same}", "ReLU"),
+        *(f"max {pool}", "dropout 0.25"),
+        *("Flatten", "dense 4096-512", "ReLU", "dropout 0.5"),
+    ]
     # The paper: 95 % of the numbers are in the dense layer.
     numbers = sum(p.numel() for p in body.parameters())
     assert body.fc.weight.numel() / numbers > 0.95  # type: ignore[union-attr, operator]
@@ -291,11 +321,46 @@ def test_wide_network_is_that_of_table_3() -> None:
     with torch.device("meta"):
         network = wide()
         assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    convolutions = [m for m in network if isinstance(m, nn.Conv2d)]
-    assert [c.out_channels for c in convolutions] == [128, 256, 512, 1024, 2048, 10]
-    assert [c.stride[0] for c in convolutions] == [1, 2, 1, 2, 1, 1]
-    assert [c.padding[0] for c in convolutions] == [1, 0, 0, 1, 0, 0]
-    assert wide(shrink=8).conv5.out_channels == 256  # type: ignore[union-attr]
+    channels, strides, paddings = (3, 128, 256, 512, 1024, 2048), (1, 2, 1, 2, 1), (1, 0, 0, 1, 0)
+    assert described(network) == [
+        *(
+            layer
+            for i, (stride, pad) in enumerate(zip(strides, paddings, strict=True))
+            for layer in (
+                f"conv {channels[i]}-{channels[i + 1]} (3, 3) "
+                f"stride {(stride, stride)} pad {(pad, pad)}",
+                f"norm {channels[i + 1]}",
+                "ReLU",
+            )
+        ),
+        *("conv 2048-10 (3, 3) stride (1, 1) pad (0, 0)", "mean to 1", "Flatten"),
+    ]
+    assert described(wide(shrink=8))[12:15] == [
+        "conv 128-256 (3, 3) stride (1, 1) pad (0, 0)",
+        "norm 256",
+        "ReLU",
+    ]
+
+
+def test_the_wide_presets_settings_are_those_of_the_paper() -> None:
+    """Sec. 3.2 and appendix A; the grid and the number of CLNP's epochs are ours."""
+    wide = SplitCIFARWide()
+    joint, clnp = (METHODS[name].settings_for(wide) for name in ("joint", "clnp_m2"))
+    assert isinstance(joint, JointSettings)
+    assert (joint.epochs, joint.milestones, joint.per_task) == (120, (50, 90), (50, 10))
+    assert (joint.joint_tasks, joint.gamma, joint.parts, joint.early_stopping) == (
+        10,
+        0.05,
+        True,
+        True,
+    )
+    assert isinstance(clnp, CLNPSettings)
+    assert (clnp.margin, clnp.keep_epoch, clnp.grid_tasks) == (0.02, "latest-within-margin", "each")
+    assert len(clnp.grid_l1) == len(clnp.grid_lr) == 2
+    for name in ("single_task", "superposition"):
+        assert METHODS[name].settings_for(wide).early_stopping
+    assert not wide.augment
+    assert (wide.tasks, wide.epochs, wide.shrink, wide.images) == (11, 60, 1, None)
 
 
 def small_heads() -> MultiHead:
@@ -465,7 +530,10 @@ def test_a_cell_of_each_method_goes_on_bit_for_bit(
         "joint": ("joint.per_task=8,6",),
         "clnp_m4_ft": ("clnp_m4_ft.finetune_epochs=1",),
     }
-    experiment = dataclasses.replace(experiment, settings=changes.get(method, ()))
+    # The order and the changes of augmented images come from one generator: both have to go on.
+    experiment = dataclasses.replace(
+        experiment, settings=changes.get(method, ()), augment=experiment.preset == WIDE.preset
+    )
     cell = Cell(experiment, METHODS[method], 0, images.fingerprint)
     whole = run(cell, images, tmp_path / "whole")
     assert records.problem(whole) is None
@@ -609,14 +677,30 @@ def test_a_training_of_other_code_is_not_used(
     assert seconds["total"] >= sum(seconds["tasks"])
 
 
-def test_a_training_elsewhere_is_not_used(images: Images, tmp_path: Path) -> None:
-    cell = Cell(NARROW, METHODS["clnp_m1"], 0, images.fingerprint)
-    here, gpu = (
-        trials(cell, [cell], tmp_path, GIT, torch.device(kind)) for kind in ("cpu", "cuda")
-    )
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        {"device": "cuda"},
+        {"hardware": "another"},
+        {"threads": 99},
+        {"bf16": "other kernels"},
+        {"torch": "2.99"},
+        {"deterministic": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_training_elsewhere_is_not_used(
+    elsewhere: dict[str, Any], images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sums are rounded otherwise, and the record couldn't name where it was made."""
+    cell, cpu = Cell(NARROW, METHODS["clnp_m1"], 0, images.fingerprint), torch.device("cpu")
+    here = trials(cell, [cell], tmp_path, GIT, cpu)
+    facts = cells.environment(cpu)
+    monkeypatch.setattr(cells, "environment", lambda device: facts | elsewhere)
+    there = trials(cell, [cell], tmp_path, GIT, cpu)
     assert here is not None
-    assert gpu is not None
-    trial = Trial(Outcome([0.5], 1, {}), 1.0, random_state(torch.device("cpu")), {}, [0.1])
+    assert there is not None
+    trial = Trial(Outcome([0.5], 1, {}), 1.0, random_state(cpu), {}, [0.1])
     trained = list(here.map(lambda candidate: trial, [Candidate(0, None, None)]))
     assert trained == [trial]
 
@@ -626,7 +710,7 @@ def test_a_training_elsewhere_is_not_used(images: Images, tmp_path: Path) -> Non
     (found,) = here.map(refuse, [Candidate(0, None, None)])
     assert found.seconds == 1.0
     with pytest.raises(AssertionError, match="trained"):
-        list(gpu.map(refuse, [Candidate(0, None, None)]))
+        list(there.map(refuse, [Candidate(0, None, None)]))
 
 
 @pytest.mark.gpu

@@ -515,6 +515,12 @@ def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> l
         raise Unlearnt(mine, f"Not all of the first {most} tasks took units of {name}.")
     one, other = claim["method"], claim["reference"]
     at, alpha = slice(task - 1, task), target["significance"]
+
+    def gap(tasks: slice) -> dict[int, float]:
+        ours, alone = (_means(cells, method, claim["part"], tasks) for method in (one, other))
+        return {seed: ours[seed] - alone[seed] for seed in ours if seed in alone}
+
+    less = f"The same less that on tasks 1–{even}, {claim['part']} data"
     return [
         _within(
             f"{name}, most new units of tasks 1–{even} over fewest",
@@ -526,6 +532,7 @@ def even_then_short(claim: Targets, target: Targets, cells: Sequence[Cell]) -> l
         ),
         _use_within(claim, target, cells, claim["layer"], task, claim["share"], np.inf),
         _compared(claim, cells, one, other, f"task {task}", at, -np.inf, 0, alpha),
+        _difference(less, gap(at), gap(slice(even)), -np.inf, 0, alpha),
     ]
 
 

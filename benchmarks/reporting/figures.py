@@ -79,8 +79,10 @@ def _theme() -> Iterator[None]:
         yield
 
 
-def _picture(name: str, caption: str, numbers: pd.DataFrame, figure: Figure) -> Picture:
+def _picture(name: str, caption: str, numbers: pd.DataFrame, figure: Figure, mark: str) -> Picture:
     """Render without anything that depends on the time, the place or the version."""
+    if mark:
+        figure.suptitle(mark, fontsize=RC["axes.titlesize"])
     pdf, png = BytesIO(), BytesIO()
     nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
     figure.savefig(pdf, format="pdf", metadata=nothing)
@@ -147,7 +149,6 @@ def use(
         axes.grid(False, axis="x")
         axes.set_ylabel("Used layer capacity (%)")
         axes.set_ylim(0, None)
-        axes.set_title(mark)
         figure.legend(
             *_tasks_first(*axes.get_legend_handles_labels()),
             title="After task",
@@ -157,7 +158,7 @@ def use(
             handleheight=0.7,
             labelspacing=0.25,
         )
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)
 
 
 def _tasks_first(handles: list[Any], names: list[str]) -> tuple[list[Any], list[str]]:
@@ -189,7 +190,7 @@ def _layer_panels(layers: Sequence[str], tasks: int) -> tuple[Figure, list[Axes]
     return figure, panels[: len(layers)]
 
 
-def units(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+def units(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> Picture:
     """Draw what each hidden layer is made of for each task: a panel a layer, a bar a task.
 
     Parameters
@@ -198,6 +199,8 @@ def units(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         Rows of one method from `tables.units_frame`.
     name, caption
         Of the figure.
+    mark
+        As of `use`.
     """
     layers = list(dict.fromkeys(frame["layer"]))
     kinds = {
@@ -223,10 +226,10 @@ def units(frame: pd.DataFrame, name: str, caption: str) -> Picture:
             ncols=2 if len(layers) < 3 else 4,
             frameon=False,
         )
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)
 
 
-def sufficiency(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+def sufficiency(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> Picture:
     """Draw the shares of new units that read old or new units only: a panel a layer.
 
     Parameters
@@ -235,6 +238,8 @@ def sufficiency(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         Rows of one method from `tables.sufficiency_frame`.
     name, caption
         Of the figure.
+    mark
+        As of `use`.
     """
     layers = list(dict.fromkeys(frame["layer"]))
     kinds = {"old_only": ("old ones only", "o", 2), "new_only": ("new ones only", "s", 1)}
@@ -261,10 +266,10 @@ def sufficiency(frame: pd.DataFrame, name: str, caption: str) -> Picture:
             ncols=2,
             frameon=False,
         )
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)
 
 
-def ablation(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+def ablation(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> Picture:
     """Draw what each task loses without the older units that don't count as reused.
 
     Parameters
@@ -273,6 +278,8 @@ def ablation(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         Rows of one method from `tables.ablation_frame`.
     name, caption
         Of the figure.
+    mark
+        As of `use`.
     """
     seeds, mean = frame[frame["seed"] != "mean"], frame[frame["seed"] == "mean"]
     with _theme():
@@ -294,11 +301,17 @@ def ablation(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         axes.set_ylabel("Validation accuracy (points)")
         _task_axis(axes, int(frame["task"].max()))
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)
 
 
 def matrix(
-    frame: pd.DataFrame, name: str, caption: str, title: str, tasks: int, lowest: float
+    frame: pd.DataFrame,
+    name: str,
+    caption: str,
+    title: str,
+    tasks: int,
+    lowest: float,
+    mark: str = "",
 ) -> Picture:
     """Draw the accuracy matrix R of one method as a heat map.
 
@@ -312,6 +325,8 @@ def matrix(
         Number of tasks.
     lowest
         Accuracy (%) at the dark end of the scale, the same for all methods.
+    mark
+        As of `use`.
     """
     numbers = range(1, tasks + 1)
     wide = frame.pivot(index="after_task", columns="on_task", values="accuracy")
@@ -337,7 +352,7 @@ def matrix(
         axes.tick_params(axis="y", rotation=0)
         axes.grid(False)
         axes.set_title(title)
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)
 
 
 def close_up(frame: pd.DataFrame) -> tuple[float, float] | None:
@@ -353,7 +368,7 @@ def close_up(frame: pd.DataFrame) -> tuple[float, float] | None:
     return best - CLOSE_UP, best + 0.1 * CLOSE_UP
 
 
-def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
+def over_tasks(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> Picture:
     """Draw accuracies after each task: a line a method for its mean, a faint point a seed.
 
     Parameters
@@ -362,6 +377,8 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         From `tables.over_tasks_frame`.
     name, caption
         Of the figure.
+    mark
+        As of `use`.
     """
     panels: list[tuple[str, str, tuple[float, float] | None]] = [
         ("learnt_tasks", "Mean over tasks learnt so far", None),
@@ -403,7 +420,7 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str) -> Picture:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False
         )
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)
 
 
 def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "") -> Picture:
@@ -466,8 +483,7 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "
                 )
         axes.set_xlabel("Task")
         axes.set_ylabel(f"{part.capitalize()} accuracy (%)")
-        axes.set_title(mark)
         _task_axis(axes, tasks)
         axes.grid(False, axis="x")
         figure.legend(loc="outside right center", frameon=False)
-        return _picture(name, caption, frame, figure)
+        return _picture(name, caption, frame, figure, mark)

@@ -182,8 +182,8 @@ def changes(cell: Cell, preset: Cell) -> dict[str, Any]:
     }
 
 
-def without_holdout(records_dir: Path, experiment: str, preset: Cell) -> list[Cell]:
-    """Return the cells that differ from a preset's in nothing but that no image is held out.
+def without_holdout(records_dir: Path, experiment: str, presets: Sequence[Cell]) -> list[Cell]:
+    """Return the cells that differ from the preset's in nothing but that no image is held out.
 
     Without images to stop early by they keep the last epoch, if the method's settings do not.
     """
@@ -191,13 +191,22 @@ def without_holdout(records_dir: Path, experiment: str, preset: Cell) -> list[Ce
     for name in experiments(records_dir):
         if is_custom(name) and name.rpartition("-custom-")[0] == experiment:
             mine, _ = cells(records_dir, name, paper=True)
-            found += [cell for cell in mine if _holds_nothing_out(changes(cell, preset), cell)]
+            found += [
+                cell
+                for cell in mine
+                if any(p.method == cell.method and _holds_nothing_out(cell, p) for p in presets)
+            ]
     return found
 
 
-def _holds_nothing_out(changed: dict[str, Any], cell: Cell) -> bool:
+def _holds_nothing_out(cell: Cell, preset: Cell) -> bool:
     follows = {"settings": [f"{cell.method}.early_stopping=False"]}
-    return changed in ({"validation": 0}, {"validation": 0, **follows})
+    if changes(cell, preset) not in ({"validation": 0}, {"validation": 0, **follows}):
+        return False
+    mine, its = (json.loads(c.settings) for c in (cell, preset))
+    stopping = {"early_stopping": None}
+    same = mine["method"] | stopping == its["method"] | stopping
+    return bool(same and mine["revision"] == its["revision"])
 
 
 def experiments(records_dir: Path) -> list[str]:

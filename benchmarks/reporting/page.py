@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
@@ -94,7 +94,7 @@ def _tables(
         details = [
             tables.comparison_table(cells, target),
             tables.per_task_table(
-                cells, target, load.without_holdout(records_dir, experiment, cells[0])
+                cells, target, load.without_holdout(records_dir, experiment, cells)
             ),
             tables.capacity_table(cells),
             tables.search_table(cells),
@@ -104,7 +104,11 @@ def _tables(
         tuned = {name for tuning in tunings for name in (tuning["method"], tuned_method(tuning))}
         untuned = [method for method in tables.by_method(cells) if method not in tuned]
         details.append(tables.tuning_table(tunings, untuned))
-    return headline, [table for table in details if table is not None]
+    found = (headline, [table for table in details if table is not None])
+    headline, shown = (
+        [replace(table, caption=_marked(table.caption, target)) for table in some] for some in found
+    )
+    return headline, shown
 
 
 def _custom_note(records_dir: Path, experiment: str, cell: load.Cell) -> str:
@@ -125,6 +129,7 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
             tables.over_tasks_frame(cells),
             "over_tasks",
             f"Test accuracy after each task; lines: means over seeds, points: seeds. {note}",
+            mark,
         )
     ]
     if of_tasks := (target or {}).get("final"):
@@ -183,7 +188,8 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
         for method in dict.fromkeys(whole["method"]):
             mine = whole[whole["method"] == method].reset_index(drop=True)
             note = tables.seeds_note(groups[method])
-            pictures.append(draw(mine, f"{name}_{method}", f"{label(method)}: {caption}. {note}"))
+            full = f"{label(method)}: {caption}. {note}"
+            pictures.append(draw(mine, f"{name}_{method}", full, mark))
     frames = {method: tables.matrix_frame(mine) for method, mine in groups.items()}
     lowest = min(frame["accuracy"].min() for frame in frames.values())
     for method, frame in frames.items():
@@ -196,9 +202,16 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
                 label(method),
                 len(cells[0].test),
                 10 * (lowest // 10),
+                mark,
             )
         )
-    return pictures
+    return [replace(picture, caption=_marked(picture.caption, target)) for picture in pictures]
+
+
+def _marked(caption: str, target: Targets | None) -> str:
+    """Return a caption behind the experiment's mark, since files are taken out of their report."""
+    mark = (target or {}).get("mark")
+    return f"{caption} ({mark})" if mark else caption
 
 
 def build(
