@@ -34,12 +34,15 @@ class ERPlugin(ReplayPlugin):
     Raises
     ------
     ValueError
-        No room for a sample.
+        No room for a sample of each experience; in training, an experience that isn't among them.
     """
 
     def __init__(self, experiences: Sequence[Any], memory: int = 2000, seed: int = 0) -> None:
-        if memory < 1:
-            raise ValueError(f"memory = {memory}; it must hold at least one sample")
+        if memory < max(1, len(experiences)):
+            raise ValueError(
+                f"memory = {memory}; it must hold at least a sample of each of the "
+                f"{len(experiences)} experiences"
+            )
         super().__init__(mem_size=memory)
         self.experiences = experiences
         self.seed = seed
@@ -53,6 +56,11 @@ class ERPlugin(ReplayPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Let samples of the memory join the batches, by the strategy's own means if it has any."""
+        if _index(strategy) >= len(self.experiences):
+            raise ValueError(
+                f"experience {_index(strategy)} is not among the {len(self.experiences)} that "
+                "ERPlugin was given: give it the whole training stream"
+            )
         join = getattr(strategy, "join_memory", None)
         if not self.learnt or (join and join(self.buffer, strategy.train_mb_size)):
             return
@@ -60,8 +68,7 @@ class ERPlugin(ReplayPlugin):
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Put samples of the experience into the memory."""
-        # logging(): an experience in training hides its index.
-        self._remember(int(strategy.experience.logging().current_experience))
+        self._remember(_index(strategy))
 
     def _remember(self, index: int) -> None:
         state = np.random.SeedSequence(self.seed, spawn_key=(index,)).generate_state(1)[0]
@@ -80,3 +87,8 @@ class ERPlugin(ReplayPlugin):
         self.storage_policy, self.learnt = fresh.storage_policy, []
         for index in state["learnt"]:
             self._remember(index)
+
+
+def _index(strategy: Any) -> int:
+    # logging(): an experience in training hides its index.
+    return int(strategy.experience.logging().current_experience)

@@ -10,7 +10,8 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
-from baselines.fisher import Batch, Kind, diagonal_fisher
+from baselines.fisher import Batch, Kind, diagonal_fisher, refuse_mixing
+from baselines.growth import grown
 
 Mode = Literal["summed", "online"]
 
@@ -27,8 +28,8 @@ class EWCPlugin(SupervisedPlugin):
 
     - "summed": lambda/2 · sum_{t<k} sum_i F_t,i (theta_i − theta*_t,i)² (Kirkpatrick et al. 2017,
       Eq. 3, with a term for each earlier task);
-    - "online": lambda/2 · sum_i F~_i (theta_i − theta*_{k−1,i})², F~_t = gamma · F~_{t−1} + F_t
-      (Schwarz et al. 2018, Sec. 4),
+    - "online": lambda/2 · sum_i gamma · F~_i (theta_i − theta*_{k−1,i})², F~_t = gamma · F~_{t−1}
+      + F_t (Schwarz et al. 2018, Sec. 4, where the penalty, too, has gamma),
 
     with theta*_t the parameters at the end of task t and F_t the diagonal of the Fisher information
     there, a mean over single samples of the task's own training data (`baselines.fisher`).
@@ -121,11 +122,12 @@ class EWCPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Find the parameters of earlier tasks in the model, which may have grown."""
+        refuse_mixing(strategy.model)  # now, not once the task has been trained
         self._penalised = []
         for name, parameter in strategy.model.named_parameters():
             if name in self.importance:
                 for kept in (self.importance, self.anchor):
-                    kept[name] = _grown(kept[name], parameter, name)
+                    kept[name] = grown(kept[name], parameter, name)
                 if parameter.requires_grad:
                     self._penalised.append((parameter, self.importance[name], self.anchor[name]))
 
@@ -139,7 +141,7 @@ class EWCPlugin(SupervisedPlugin):
         ]
         if reached:
             add = _add_in_parts if reached[0][1].device.type == "cpu" else _add_at_once
-            add(reached, self.strength)
+            add(reached, self.strength * self.gamma)
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Take the task's F and theta* into the penalty."""
@@ -207,19 +209,3 @@ def _add_in_parts(reached: Sequence[Pull], strength: float) -> None:
         parts = (value.split(rows) for value in values)
         for gradient, parameter, importance, anchor in zip(*parts, strict=True):
             gradient.addcmul_(importance, parameter - anchor, value=strength)
-
-
-def _grown(kept: Tensor, parameter: Tensor, name: str) -> Tensor:
-    """Return `kept` in a parameter's shape and place, with 0 for entries that are new."""
-    if kept.shape == parameter.shape:
-        return kept.to(parameter.device)
-    if kept.ndim != parameter.ndim or any(
-        old > new for old, new in zip(kept.shape, parameter.shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name} had the shape {tuple(kept.shape)} and has {tuple(parameter.shape)}: "
-            "EWC follows a parameter that grows, not one that shrinks or is another one"
-        )
-    grown = torch.zeros_like(parameter, requires_grad=False)
-    grown[tuple(map(slice, kept.shape))] = kept.to(parameter.device)
-    return grown

@@ -69,7 +69,7 @@ def diagonal_fisher(
     ------
     ValueError
         If there are no samples, outputs are no logits (N, C), no parameter has an effect on them,
-        or batch norm without running statistics mixes the samples.
+        or a layer of `refuse_mixing`.
 
     Notes
     -----
@@ -93,15 +93,33 @@ def diagonal_fisher(
     return {name: value.div_(count) for name, value in total.items()}
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, in its own precision and with gradients; then all back."""
+def refuse_mixing(model: nn.Module) -> None:
+    """Refuse layers through which single samples have no gradient that can be computed.
+
+    Raises
+    ------
+    ValueError
+        Batch norm without running statistics mixes the samples; torch can't batch the gradients of
+        its recurrent layers.
+    """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"{name} is batch norm without running statistics: outputs depend on other samples "
                 "of the batch, so that single samples have no gradient. Give it running statistics."
             )
+        if isinstance(module, nn.RNNBase):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: torch.func.vmap, which gives the gradients "
+                "of single samples, has no rule for torch's recurrent layers. Build it from cells "
+                f"(nn.{type(module).__name__}Cell)."
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, in its own precision and with gradients; then all back."""
+    refuse_mixing(model)
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device.type
     model.eval()
@@ -169,14 +187,17 @@ def _directions(logits: Tensor, y: Tensor, kind: Kind) -> Iterator[Tensor]:
 def _recording(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
     """Note what each layer with a closed form reads and gives."""
 
-    def note(layer: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
-        calls.append(_Call(layer, inputs[0].detach(), out))
+    def note(
+        layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], out: Tensor
+    ) -> Tensor:
+        (x,) = (*inputs, *named.values())
+        calls.append(_Call(layer, x.detach(), out))
         # What comes next may work in place; `out` stays the layer's own output.
         return out.clone()
 
     # By exact type: a subclass may compute something else.
     hooks = [
-        module.register_forward_hook(note)
+        module.register_forward_hook(note, with_kwargs=True)
         for module in model.modules()
         if type(module) in LINEAR + CONVOLUTIONS
     ]

@@ -362,8 +362,10 @@ class HATPlugin(SupervisedPlugin):
     def after_backward(self, strategy: Any, **_: Any) -> None:
         """Withhold gradients from what earlier tasks use, and compensate those of embeddings."""
         if self._guarded:
-            grads = [p.grad for p in self._guarded if p.grad is not None]
-            torch._foreach_mul_(grads, self._factors)
+            pairs = zip(self._guarded, self._factors, strict=True)
+            reached = [(p.grad, factor) for p, factor in pairs if p.grad is not None]
+            if reached:  # all layers may be frozen by the user
+                torch._foreach_mul_(*map(list, zip(*reached, strict=True)))
         for embedding in self.embeddings:
             assert embedding.grad is not None
             embedding.grad.mul_(compensation(embedding, self._s, self.smax))

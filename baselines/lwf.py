@@ -56,9 +56,18 @@ class LwFPlugin(StockLwFPlugin):
         lambda_o of the paper.
     temperature
         T of the paper.
+
+    Raises
+    ------
+    ValueError
+        A strength below 0, or a temperature that isn't above.
     """
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0) -> None:
+        if not strength >= 0:
+            raise ValueError(f"strength is {strength}; it must be at least 0")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
         super().__init__()
         self.lwf = _Distillation(strength, temperature)
 

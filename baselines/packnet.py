@@ -105,7 +105,8 @@ class PackNetPlugin(StockPackNetPlugin):
     Raises
     ------
     ValueError
-        Impossible shares; in training, a task too many.
+        Impossible shares; in training, a task too many, an optimizer with weight decay, or an
+        experience whose task label isn't the number of tasks before it.
     """
 
     def __init__(
@@ -133,10 +134,22 @@ class PackNetPlugin(StockPackNetPlugin):
         super().before_training(strategy, *args, **kwargs)
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Refuse a task too many, and open the free weights."""
+        """Refuse what can't be learnt or would be forgotten, and open the free weights."""
         if self.model.task_count >= self.tasks:
             raise ValueError(
                 f"{self.tasks} tasks are learnt, and no weight is left; say tasks={self.tasks + 1}"
+            )
+        if any(group.get("weight_decay") for group in strategy.optimizer.param_groups):
+            raise ValueError(
+                "The optimizer has weight decay, which moves the weights of earlier tasks whatever "
+                "PackNet freezes: set weight_decay=0."
+            )
+        labels = sorted(set(strategy.experience.dataset.targets_task_labels))
+        if labels != [self.model.task_count]:
+            raise ValueError(
+                f"PackNet finds a task's weights by its label: after {self.model.task_count} tasks "
+                f"the next one has to have the label {self.model.task_count}, not "
+                f"{', '.join(map(str, labels))}"
             )
         super().before_training_exp(strategy, *args, **kwargs)
 

@@ -8,6 +8,8 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
+from baselines.growth import grown
+
 
 class SIPlugin(SupervisedPlugin):
     """Hold each weight back in proportion to what its path has done for the loss of past tasks.
@@ -46,9 +48,9 @@ class SIPlugin(SupervisedPlugin):
 
     def __init__(self, strength: float = 0.1, xi: float = 0.1) -> None:
         super().__init__()
-        if strength < 0:
+        if not strength >= 0:
             raise ValueError(f"strength is {strength}; it must be at least 0")
-        if xi <= 0:
+        if not xi > 0:
             raise ValueError(f"xi is {xi}; it must be above 0")
         self.strength = strength
         self.xi = xi
@@ -75,7 +77,7 @@ class SIPlugin(SupervisedPlugin):
         self._pull = []
         if self.importance:
             for name, parameter in zip(self._names, self._parameters, strict=True):
-                self._pull.append(2 * self.strength * _grown(self.importance.get(name), parameter))
+                self._pull.append(2 * self.strength * self._kept(name, parameter))
 
     @torch.no_grad()
     def before_update(self, strategy: Any, **_: Any) -> None:
@@ -113,12 +115,17 @@ class SIPlugin(SupervisedPlugin):
         for name, parameter, moved, path in zip(
             self._names, self._parameters, self._moved, self._path, strict=True
         ):
-            before = _grown(self.importance.get(name), parameter)
+            before = self._kept(name, parameter)
             self.importance[name] = torch.relu(before + path / (moved.square() + self.xi))
         self._names, self._stepping = [], []
         for values in (self._parameters, self._start, self._moved, self._path, self._pull):
             values.clear()
         self._gradients.clear()
+
+    def _kept(self, name: str, parameter: Tensor) -> Tensor:
+        """Return Omega of a parameter: 0 for what is new."""
+        kept = self.importance.get(name)
+        return torch.zeros_like(parameter) if kept is None else grown(kept, parameter, name)
 
     def training_state(self) -> dict[str, Any]:
         """Return what a task in training has gathered: omega by name. The rest is the model's."""
@@ -142,13 +149,3 @@ class SIPlugin(SupervisedPlugin):
 
 def _of(values: list[Tensor], chosen: list[int]) -> list[Tensor]:
     return [values[i] for i in chosen]
-
-
-def _grown(importance: Tensor | None, parameter: Tensor) -> Tensor:
-    """Return an importance in the shape of its parameter: 0 for what is new."""
-    if importance is not None and importance.shape == parameter.shape:
-        return importance.to(parameter.device)
-    result = torch.zeros_like(parameter)
-    if importance is not None:
-        result[tuple(slice(size) for size in importance.shape)] = importance.to(parameter.device)
-    return result

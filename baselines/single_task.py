@@ -44,24 +44,35 @@ class SingleTaskPlugin(SupervisedPlugin):
     Parameters
     ----------
     seed
-        Task k's network is drawn by (seed, k).
+        The network of a task that comes after k others is drawn by (seed, k).
+
+    Raises
+    ------
+    ValueError
+        In training, if the model is not of the size that it had for earlier tasks.
     """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
-        self.networks: list[Weights] = []
-        """The weights of each task's network, in the order of training."""
+        self.networks: dict[int, Weights] = {}
+        """The weights of each task's network, by the experience's index."""
         self._in_training: Weights | None = None
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Start the task with a fresh network."""
+        for weights in self.networks.values():
+            if _shapes(weights) != _shapes(strategy.model.state_dict()):
+                raise ValueError(
+                    "the model has grown since an earlier task, whose network it can't be again: "
+                    "give it all of its heads and outputs before the first one"
+                )
         if self.networks:
             reinitialise(strategy.model, self.seed * 1000 + len(self.networks))
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Keep the task's network."""
-        self.networks.append(copy_weights(strategy.model))
+        self.networks[_index(strategy)] = copy_weights(strategy.model)
 
     def before_eval(self, strategy: Any, **_: Any) -> None:
         """Put aside the weights that may be in training."""
@@ -69,8 +80,7 @@ class SingleTaskPlugin(SupervisedPlugin):
 
     def before_eval_exp(self, strategy: Any, **_: Any) -> None:
         """Give the model the weights of the experience's own network."""
-        task = strategy.experience.logging().current_experience
-        weights = self.networks[task] if task < len(self.networks) else self._in_training
+        weights = self.networks.get(_index(strategy), self._in_training)
         if weights is not None:
             strategy.model.load_state_dict(weights)
 
@@ -79,3 +89,12 @@ class SingleTaskPlugin(SupervisedPlugin):
         if self._in_training is not None:
             strategy.model.load_state_dict(self._in_training)
         self._in_training = None
+
+
+def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def _index(strategy: Any) -> int:
+    # logging(): an experience in training hides its index.
+    return int(strategy.experience.logging().current_experience)

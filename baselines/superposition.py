@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 Kind = Literal["binary", "complex", "rotation"]
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -313,6 +313,12 @@ def superpose(
             "superposition has no context for "
             + ", ".join(f"{name or 'the model'} ({type(m).__name__})" for name, m in unknown)
             + ": use plain Linear and Conv1d/2d/3d layers, of a model not superposed before"
+        )
+    mixing = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    if kind == "complex" and mixing:
+        raise ValueError(
+            f"with complex contexts {', '.join(mixing)} (batch norm) would take real and imaginary "
+            "parts for samples of one batch: use binary contexts or rotations"
         )
     layers = [module for module in model.modules() if type(module) in LAYERS]
     if not layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -48,6 +50,10 @@ class Settings:
     """Whether a task keeps the epoch with the best validation accuracy, not the last one."""
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+            require(finite, name, value, "finite")
         require(self.lr > 0, "lr", self.lr, "positive")
         require(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "at least 1")
         require(0 <= self.decay_from <= 1, "decay_from", self.decay_from, "within [0, 1]")

@@ -277,12 +277,12 @@ class SingleTaskLearner(Learner):
 
     def state(self) -> State:
         """Return the networks of the learnt tasks."""
-        return {"networks": self.plugin.networks}
+        return {"networks": list(self.plugin.networks.values())}
 
     def restore(self, state: State) -> None:
         """Take up the networks; the model is the newest one."""
-        self.plugin.networks = list(state["networks"])
-        self.strategy.model.load_state_dict(self.plugin.networks[-1])
+        self.plugin.networks = dict(enumerate(state["networks"]))
+        self.strategy.model.load_state_dict(state["networks"][-1])
 
     def parameters(self) -> dict[str, int]:
         """Count one network as trainable, and all as stored, each with the one head it uses."""

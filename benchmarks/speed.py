@@ -648,8 +648,14 @@ class Row:
         return f"{self.name:56s} {self.ratio:6.2f}{limit}"
 
 
-def main(save: Path | None = None) -> None:
-    """Print each ratio beside its bound, and write it to a CSV file if one is named."""
+def main(save: Path | None = None) -> list[Row]:
+    """Print each ratio beside its bound, and write it to a CSV file if one is named.
+
+    Returns
+    -------
+    list of Row
+        Those whose bound is missed.
+    """
     warnings.filterwarnings("ignore", message="No loggers specified")  # as in a cell
     tune()  # first of all, as in a cell: threads that torch starts later inherit it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -667,6 +673,10 @@ def main(save: Path | None = None) -> None:
         rows.append(row)
         if save is not None:  # after each: the whole takes minutes
             write(rows, save, about)
+    missed = [row for row in rows if row.kept is False]
+    bounds = sum(row.bound is not None for row in rows)
+    print(f"{bounds - len(missed)} of {bounds} bounds are kept.")
+    return missed
 
 
 def _measured_on(device: torch.device) -> str:

@@ -1,21 +1,26 @@
 """LogitDrift: how far the logits of old tasks have moved since they were learnt."""
 
 import math
+import warnings
 from typing import Any
 
+import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
+from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 
-class LogitDrift(PluginMetric[float]):
+class LogitDrift(SupervisedPlugin, PluginMetric[float]):
     """Largest change of the logits on a fixed probe batch of each old task, for any strategy.
 
     The probe of an experience is the first batch on which it is evaluated; its logits are kept
     the first time it is evaluated after it was learnt, and compared ever after. 0 means that they
     are bitwise the same; inf that some are no longer numbers; nan that nobody can tell, since
-    training went on before the experience was evaluated. An experience that is trained again is
-    learnt anew. Costs no forward pass of its own.
+    training went on before the experience was evaluated, or since its first batch came with other
+    labels than before (then it warns: evaluate in a fixed order). An experience that is trained
+    again is learnt anew; parts of one, as in online streams, train it. Costs no forward pass of its
+    own.
 
     A metric of an `EvaluationPlugin`; for a strategy with its default evaluator, one of its plugins
     (then :meth:`drift` tells the values, which are not logged).
@@ -28,7 +33,7 @@ class LogitDrift(PluginMetric[float]):
     Raises
     ------
     TypeError
-        If it is no name.
+        If it is no name; in evaluation, if the model returns no tensor.
     """
 
     def __init__(self, stream: str = "test") -> None:
@@ -41,6 +46,8 @@ class LogitDrift(PluginMetric[float]):
         self._stream = stream
         self._learnt: set[int] = set()
         self._reference: dict[int, Tensor] = {}
+        self._labels: dict[int, Tensor] = {}
+        """Of the probes: the sign that they are the same samples."""
         self._drift: dict[int, float] = {}
         self._probed = False
 
@@ -57,45 +64,58 @@ class LogitDrift(PluginMetric[float]):
     def reset(self) -> None:
         """Nothing: drift is measured over the whole life of a strategy."""
 
-    def before_training_exp(self, strategy: Any) -> None:
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Give up those whose logits nobody has seen: training is about to move them."""
-        again = _index(strategy)  # is learnt anew
-        self._learnt.discard(again)
-        self._reference.pop(again, None)
-        self._drift.pop(again, None)
+        for again in _trained(strategy):  # learnt anew
+            self._learnt.discard(again)
+            self._reference.pop(again, None)
+            self._drift.pop(again, None)
         for index in self._learnt - self._reference.keys():
             self._drift[index] = math.nan
 
-    def after_training_exp(self, strategy: Any) -> None:
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Remember that the experience has been learnt."""
-        self._learnt.add(_index(strategy))
+        self._learnt |= _trained(strategy)
 
-    def before_eval_exp(self, strategy: Any) -> None:
+    def before_eval_exp(self, strategy: Any, **_: Any) -> None:
         """Look at the first batch of each experience."""
         self._probed = False
 
-    def after_eval_iteration(self, strategy: Any) -> None:
+    def after_eval_iteration(self, strategy: Any, **_: Any) -> None:
         """Keep the probe's logits, or compare them with those kept."""
-        index = _index(strategy)
+        index = _index(strategy.experience)
         name = getattr(getattr(strategy.experience, "origin_stream", None), "name", self._stream)
         if self._probed or index not in self._learnt or name != self._stream:
             return
         if math.isnan(self._drift.get(index, 0.0)):
             return
         self._probed = True
-        logits = strategy.mb_output.detach()
+        if not isinstance(strategy.mb_output, Tensor):
+            raise TypeError(
+                f"the model returns a {type(strategy.mb_output).__name__}; LogitDrift compares "
+                "logits, a tensor: return them alone"
+            )
+        now, labels = strategy.mb_output.detach().cpu(), strategy.mb_y.cpu()
         kept = self._reference.get(index)
         if kept is None:
-            self._reference[index] = logits.cpu().clone()
+            self._reference[index], self._labels[index] = now.clone(), labels.clone()
             self._drift[index] = 0.0
             return
-        now = logits.cpu()
-        if kept.shape != now.shape:  # a head or a batch that grew: what was there is compared
-            rows, columns = min(len(kept), len(now)), min(kept.shape[1], now.shape[1])
-            kept, now = kept[:rows, :columns], now[:rows, :columns]
+        # A head or a batch that grew: what was there is compared.
+        before = self._labels.get(index, labels)
+        if not torch.equal(*_common(before, labels)):
+            self._drift[index] = math.nan
+            warnings.warn(
+                f"The first batch of experience {index} has other labels than when its logits were "
+                "kept, so that how far they have moved can't be told: evaluate in a fixed order "
+                "(shuffle=False).",
+                stacklevel=2,
+            )
+            return
+        kept, now = _common(kept, now)
         self._drift[index] = max(self._drift[index], _change(kept, now))
 
-    def after_eval(self, strategy: Any) -> list[MetricValue]:
+    def after_eval(self, strategy: Any, **_: Any) -> list[MetricValue]:
         """Report the largest drift after each evaluation, as soon as there is one."""
         if not self._drift:
             return []
@@ -107,6 +127,7 @@ class LogitDrift(PluginMetric[float]):
         return {
             "learnt": sorted(self._learnt),
             "reference": dict(self._reference),
+            "labels": dict(self._labels),
             "drift": dict(self._drift),
         }
 
@@ -114,6 +135,7 @@ class LogitDrift(PluginMetric[float]):
         """Go on from :meth:`state_dict`."""
         self._learnt = set(state["learnt"])
         self._reference = {index: kept.cpu() for index, kept in state["reference"].items()}
+        self._labels = {index: labels.cpu() for index, labels in state.get("labels", {}).items()}
         self._drift = dict(state["drift"])
 
     def rebase(self) -> None:
@@ -137,8 +159,21 @@ def _change(kept: Tensor, now: Tensor) -> float:
     return float(changes.max()) if changes.numel() else 0.0
 
 
-def _index(strategy: Any) -> int:
-    # logging(): an experience in train mode masks its index.
-    experience = strategy.experience
+def _common(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what two tensors of as many dimensions both have."""
+    shared = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+    return one[shared], other[shared]
+
+
+def _trained(strategy: Any) -> set[int]:
+    """Return the indices of what the strategy trains on: one experience, or many at once."""
+    at_once = getattr(strategy, "_experiences", None) or [strategy.experience]  # JointTraining's
+    return {_index(experience) for experience in at_once}
+
+
+def _index(experience: Any) -> int:
+    # logging(): an experience in train mode masks its index, and of what it is a part.
     shown = experience.logging() if hasattr(experience, "logging") else experience
+    if whole := getattr(shown, "origin_experience", None):
+        return _index(whole)
     return int(getattr(shown, "current_experience", 0))

@@ -357,3 +357,40 @@ def test_packnet_says_that_no_weight_is_left() -> None:
 def test_packnet_refuses_impossible_shares(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         packed(**options)
+
+
+def test_packnet_refuses_what_would_move_old_weights() -> None:
+    model = PackNetModel(network())
+    learner = strategy(model, PackNetPlugin(model, TASKS))
+    learner.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.01)
+    with pytest.raises(ValueError, match="weight_decay=0"):
+        learner.train(stream()[0])
+
+
+def test_packnet_refuses_a_label_that_is_another_tasks() -> None:
+    learner, _ = packed()
+    with pytest.raises(ValueError, match=r"has to have the label 0, not 1"):
+        learner.train(stream()[1])
+    learner.train(stream()[0])
+    with pytest.raises(ValueError, match=r"has to have the label 1, not 0"):
+        learner.train(stream()[0])
+
+
+def test_replay_refuses_an_experience_that_it_was_not_given() -> None:
+    learner = strategy(network(), ERPlugin(stream()[:1], memory=10))
+    learner.train(stream()[0])
+    with pytest.raises(ValueError, match="experience 1 is not among the 1"):
+        learner.train(stream()[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"strength": -1.0}, "strength"),
+        ({"strength": float("nan")}, "strength"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_lwf_refuses_impossible_numbers(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LwFPlugin(**options)

@@ -167,6 +167,7 @@ def test_frozen_parameters_are_left_out() -> None:
             4,
             "0 is batch norm",
         ),
+        (nn.Sequential(nn.Flatten(1, 2), nn.GRU(2, 3)), 4, r"1 is a GRU: .*\(nn.GRUCell\)"),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Hardtanh(9.0, 9.1)), 4, None),
     ],
 )
@@ -179,6 +180,34 @@ def test_what_has_no_fisher_information_is_named(
         return
     with pytest.raises(ValueError, match=says):
         diagonal_fisher(model, data)
+
+
+def test_what_has_none_is_refused_before_it_trains() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    learner = strategy(model, EWCPlugin(1.0))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="1 is batch norm"):
+        learner.train(stream()[0], eval_streams=[])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_layer_may_be_called_by_keyword() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.layer(input=x.flatten(1))
+            return logits
+
+    torch.manual_seed(0)
+    named = ByName()
+    plain = nn.Sequential(nn.Flatten(), named.layer)
+    x, y = torch.randn(4, 16), torch.arange(4) % 3
+    got, expected = (diagonal_fisher(m, batches(x, y)) for m in (named, plain))
+    assert torch.equal(got["layer.weight"], expected["1.weight"])
+    assert got["layer.weight"].any()
 
 
 def test_outputs_without_a_graph_are_named() -> None:
@@ -300,7 +329,7 @@ def test_online_penalty_decays_and_stands_on_the_last_task() -> None:
             running = torch.zeros_like(value)
             for fisher, _ in tasks:
                 running = 0.6 * running + fisher[name]
-            total = total + 5.0 / 2 * (running * (value - star[name]) ** 2).sum()
+            total = total + 5.0 / 2 * 0.6 * (running * (value - star[name]) ** 2).sum()
         return total
 
     watch = Watch()

@@ -411,6 +411,21 @@ def test_impossible_settings_are_named(values: dict[str, Any]) -> None:
         HATSettings(**values)
 
 
+@pytest.mark.parametrize("frozen", [["0.weight"], ["0.weight", "0.bias", "2.weight", "2.bias"]])
+def test_what_the_user_has_frozen_stays_and_the_rest_learns(frozen: list[str]) -> None:
+    torch.manual_seed(0)
+    model, stream = mlp(), benchmark(2).train_stream
+    values = dict(model.named_parameters())
+    for name in frozen:
+        values[name].requires_grad_(False)
+    before = {name: value.detach().clone() for name, value in values.items()}
+    learner = strategy(model, HATPlugin(model))
+    for experience in stream:
+        learn(learner, experience)
+    moved = {name for name, value in values.items() if not torch.equal(value, before[name])}
+    assert moved == set(values) - set(frozen)
+
+
 # --- in the harness -------------------------------------------------------------------------------
 
 DIGITS = Quickstart(tasks=3, epochs=12, method_epochs=False, hidden=(150, 150))

@@ -63,6 +63,16 @@ def test_methods_of_a_preset_have_settings_for_it(preset: type[Experiment]) -> N
         assert METHODS[method].name == method
 
 
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize(
+    "setting", ["finetune.lr", "si.strength", "lwf.strength", "hat.lamb", "clnp.l1"]
+)
+def test_numbers_without_end_are_no_settings(setting: str, value: str) -> None:
+    method, _, name = setting.partition(".")
+    with pytest.raises(UserError, match=f"The setting {name} is .*; it must be "):
+        METHODS[method].settings_for(PermutedMNIST(settings=(f"{setting}={value}",)))
+
+
 def test_a_method_without_settings_says_so() -> None:
     with pytest.raises(UserError, match=r"no settings for pmnist.* These have: clnp, clnp_best, f"):
         METHODS["clnp_m1"].settings_for(PermutedMNIST())
@@ -127,7 +137,7 @@ def test_single_task_starts_each_task_from_fresh_weights() -> None:
     networks = after_other.plugin.networks  # type: ignore[attr-defined]
     # Whatever task 0 learnt, task 1's network is the same.
     elsewhere = built("single_task")
-    elsewhere.plugin.networks.append(networks[0])  # type: ignore[attr-defined]
+    elsewhere.plugin.networks[0] = networks[0]  # type: ignore[attr-defined]
     train(elsewhere, 1)
     again = elsewhere.plugin.networks[1]  # type: ignore[attr-defined]
     assert all(torch.equal(networks[1][name], again[name]) for name in again)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from avalanche.benchmarks import tensors_benchmark
+from avalanche.benchmarks.scenarios.online import split_online_stream
 from avalanche.models import SimpleMLP, as_multitask
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
-from avalanche.training.supervised import Naive
+from avalanche.training.supervised import JointTraining, Naive
 from torch import Tensor, nn
 
 from clnp import LogitDrift
@@ -108,12 +109,94 @@ def test_drift_is_that_of_the_stream_it_watches(watched: str, heads: str) -> Non
 
 
 def test_among_the_plugins_beside_the_default_evaluator() -> None:
-    drift, metric = LogitDrift(), LogitDrift()
+    drift, metric, bench = LogitDrift(), LogitDrift(), benchmark()
     with contextlib.redirect_stdout(io.StringIO()):  # the default evaluator prints
-        learn(naive([drift]))
+        strategy = naive([drift])
+        for experience in bench.train_stream:
+            # Plugins are handed what the strategy is called with; metrics aren't.
+            strategy.train(experience, eval_streams=[], num_workers=0)
+            strategy.eval(bench.test_stream, num_workers=0)
     learn(with_metric(metric))
     assert drift.drift() == metric.drift()
     assert drift.result() > 0
+
+
+@pytest.mark.parametrize("boundaries", [True, False])
+def test_parts_of_an_online_stream_train_the_experience_they_are_of(boundaries: bool) -> None:
+    drift, bench = LogitDrift(), benchmark()
+    strategy = with_metric(drift)
+    learnt = []
+    parts = split_online_stream(bench.train_stream, 20, access_task_boundaries=boundaries)
+    for i, part in enumerate(parts):
+        strategy.train(part, eval_streams=[])
+        strategy.eval(bench.test_stream)
+        if i % 2:
+            x = torch.stack([bench.test_stream[i // 2].dataset[j][0] for j in range(ROWS)])
+            learnt.append((x, strategy.model(x).detach()))
+    assert i == 2 * TASKS - 1
+    assert set(drift.drift()) == set(range(TASKS))
+    now = [float((strategy.model(x).detach() - kept).abs().max()) for x, kept in learnt]
+    assert drift.drift()[0] >= now[0] > 0
+    assert drift.drift()[2] == now[2] == 0
+
+
+def test_all_that_is_learnt_at_once_is_watched() -> None:
+    drift, bench = LogitDrift(), benchmark()
+    model = nn.Linear(8, 4)
+    strategy = JointTraining(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=8,
+        eval_mb_size=ROWS,
+        evaluator=EvaluationPlugin(drift, loggers=[]),
+    )
+    strategy.train(bench.train_stream, eval_streams=[])
+    strategy.eval(bench.test_stream)
+    assert drift.drift() == dict.fromkeys(range(TASKS), 0.0)
+
+
+def test_a_probe_of_other_samples_is_told_and_counts_as_unknown() -> None:
+    drift, bench = LogitDrift(), benchmark()
+    strategy = with_metric(drift)
+    strategy.train(bench.train_stream[0], eval_streams=[])
+    strategy.eval(bench.test_stream)
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="evaluate in a fixed order"):
+        strategy.eval(bench.test_stream, shuffle=True)
+    assert math.isnan(drift.drift()[0])
+
+
+class Outputs(nn.Module):
+    """A linear layer whose output is something else than logits (N, C)."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Linear(8, 4), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.layer(x))
+
+
+def test_outputs_that_are_no_tensor_are_named() -> None:
+    model = Outputs(lambda y: (y, y))
+    strategy = with_metric(LogitDrift(), model=model)
+    strategy._criterion = lambda out, y: nn.functional.cross_entropy(out[0], y)
+    bench = benchmark()
+    strategy.train(bench.train_stream[0], eval_streams=[])
+    with pytest.raises(TypeError, match="returns a tuple"):
+        strategy.eval(bench.test_stream)
+
+
+def test_one_number_a_sample_is_watched_too() -> None:
+    drift, bench = LogitDrift(), benchmark()
+    strategy = with_metric(drift, model=Outputs(lambda y: y.sum(1)))
+    strategy._criterion = lambda out, y: ((out - y) ** 2).mean()
+    for size, experience in zip((ROWS, 3, 20), bench.train_stream, strict=True):
+        strategy.eval_mb_size = size
+        strategy.train(experience, eval_streams=[])
+        strategy.eval(bench.test_stream)
+    assert drift.drift()[0] > 0 == drift.drift()[2]
 
 
 def test_weights_that_stay_drift_by_zero_and_the_smallest_change_is_seen() -> None:

@@ -97,7 +97,7 @@ def test_nor_what_clnp_chooses_in_a_task(changes: dict[str, Any], tmp_path: Path
     assert differences(method, tmp_path) == {"test accuracy"}
 
 
-@pytest.mark.parametrize("method", ["finetune", "joint"])
+@pytest.mark.parametrize("method", ["finetune", "joint", "single_task", "superposition"])
 def test_nor_which_epoch_is_kept(method: str, tmp_path: Path) -> None:
     found = METHODS[method]
     settings = dataclasses.replace(found.settings["quickstart"], early_stopping=True, epochs=3)

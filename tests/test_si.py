@@ -251,3 +251,11 @@ def test_grown_parameter_keeps_its_importance_in_front() -> None:
 def test_bad_values_are_named(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         SIPlugin(**options)
+
+
+def test_a_parameter_that_shrank_is_named() -> None:
+    model = network()
+    learner = learn(model, [SIPlugin(1.0)], slice(1))
+    model[2] = nn.Linear(model[2].in_features, 2)
+    with pytest.raises(ValueError, match=r"2\.weight had the shape"):
+        learner.train(benchmark().train_stream[1], eval_streams=[])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import speed
+from benchmarks.__main__ import main
 from benchmarks.cell import environment
 from benchmarks.errors import UserError
 from benchmarks.models import mlp, resnet18
@@ -76,6 +77,16 @@ def test_rows_are_written_as_they_come_with_what_they_were_measured_on(
         "a part of it,0.5,,,",
     ]
     assert "ABOVE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(1.0, 0), (1.2, 1)])
+def test_a_missed_bound_fails_the_command(
+    ratio: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    rows = [Row("a", ratio, 1.1), Row("b", 9.0), Row("c", 3.0, 2.0, "at least")]
+    monkeypatch.setattr(speed, "measured", lambda _device: iter(rows))
+    assert main(["speed"]) == code
+    assert f"{2 - code} of 2 bounds are kept." in capsys.readouterr().out
 
 
 def test_rows_are_not_written_over_a_folder(tmp_path: Path):

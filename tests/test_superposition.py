@@ -617,6 +617,10 @@ def test_contexts_keep_to_the_models_device(kind: Any, trained: bool) -> None:
     ("arguments", "says"),
     [
         ({"model": nn.Sequential(nn.Flatten())}, "no Linear or Conv layer"),
+        (
+            {"model": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "kind": "complex"},
+            r"1 \(batch norm\) would take real and imaginary parts",
+        ),
         ({"model": nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2))}, r"1 \(LSTM\)"),
         ({"model": nn.Sequential(nn.ConvTranspose2d(2, 2, 1))}, r"0 \(ConvTranspose2d\)"),
         ({"model": superpose(nn.Sequential(nn.Linear(2, 2)), 1)}, "superposed before"),
