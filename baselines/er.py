@@ -44,7 +44,8 @@ class ERPlugin(ReplayPlugin):
                 f"{len(experiences)} experiences"
             )
         super().__init__(mem_size=memory)
-        self.experiences = experiences
+        self.experiences = {_index(experience): experience for experience in experiences}
+        """By index, which that in a part of the stream isn't."""
         self.seed = seed
         self.learnt: list[int] = []
         """Indices of the experiences in the memory, in the order in which they were learnt."""
@@ -56,10 +57,10 @@ class ERPlugin(ReplayPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Let samples of the memory join the batches, by the strategy's own means if it has any."""
-        if _index(strategy) >= len(self.experiences):
+        if (index := _index(strategy.experience)) not in self.experiences:
             raise ValueError(
-                f"experience {_index(strategy)} is not among the {len(self.experiences)} that "
-                "ERPlugin was given: give it the whole training stream"
+                f"experience {index} is not among those that ERPlugin was given "
+                f"({', '.join(map(str, self.experiences)) or 'none'}): give it the training stream"
             )
         join = getattr(strategy, "join_memory", None)
         if not self.learnt or (join and join(self.buffer, strategy.train_mb_size)):
@@ -68,7 +69,7 @@ class ERPlugin(ReplayPlugin):
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Put samples of the experience into the memory."""
-        self._remember(_index(strategy))
+        self._remember(_index(strategy.experience))
 
     def _remember(self, index: int) -> None:
         state = np.random.SeedSequence(self.seed, spawn_key=(index,)).generate_state(1)[0]
@@ -89,6 +90,6 @@ class ERPlugin(ReplayPlugin):
             self._remember(index)
 
 
-def _index(strategy: Any) -> int:
+def _index(experience: Any) -> int:
     # logging(): an experience in training hides its index.
-    return int(strategy.experience.logging().current_experience)
+    return int(experience.logging().current_experience)

@@ -108,7 +108,8 @@ def refuse_mixing(model: nn.Module) -> None:
                 f"{name} is batch norm without running statistics: outputs depend on other samples "
                 "of the batch, so that single samples have no gradient. Give it running statistics."
             )
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase) and any(p.requires_grad for p in module.parameters()):
+            # Their other parameters may be frozen, with no gradient to ask for.
             raise ValueError(
                 f"{name} is a {type(module).__name__}: torch.func.vmap, which gives the gradients "
                 "of single samples, has no rule for torch's recurrent layers. Build it from cells "

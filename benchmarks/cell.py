@@ -432,6 +432,9 @@ def run(
     course.git = _joined(git, course.git, *([] if within is None else [within["git"]]))
     begun = [course.environment, {} if within is None else within.get("environment", {})]
     course.environment = _moved(environment(device), *(known for known in begun if known))
+    if within is not None and (course.git != git or "earlier" in course.environment):
+        # What has begun elsewhere is this cell's alone: its record names where, others' could not.
+        shared = None
     if course.git["dirty"] and not git["dirty"]:
         states.ignored.append(f"{folder} was begun by changed code, and the record will say so")
     began = started

@@ -242,7 +242,10 @@ def _startable(book: Book, left: list[Cell], running: int, most: int) -> list[Ce
 
 
 def _shared(book: Book, cell: Cell) -> set[str]:
-    """Name the trainings of first tasks that a cell does for others too, if they aren't done."""
+    """Name the trainings of first tasks that a cell does for others too, if they aren't done.
+
+    One that is on file counts as done; if it can't be used here, each cell trains its own.
+    """
     names = set()
     first = book.work.first_state(cell)
     if first is not None and not first.exists():

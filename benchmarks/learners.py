@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,8 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+            finite = all(math.isfinite(n) for n in _flat(value) if isinstance(n, float))
             require(finite, name, value, "finite")
         require(self.lr > 0, "lr", self.lr, "positive")
         require(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "at least 1")
@@ -79,6 +78,15 @@ class Settings:
                 return torch.optim.SGD(parameters, lr=self.lr, fused=True)
             case "rmsprop":
                 return torch.optim.RMSprop(parameters, lr=self.lr)
+
+
+def _flat(value: object) -> Iterator[object]:
+    """Give the values within tuples, and within those in them."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
 
 
 class LinearDecay(SupervisedPlugin):

@@ -34,6 +34,8 @@ class LogitDrift(SupervisedPlugin, PluginMetric[float]):
     ------
     TypeError
         If it is no name; in evaluation, if the model returns no tensor.
+    ValueError
+        If a part of an online stream is evaluated, or doesn't tell of which experience it is one.
     """
 
     def __init__(self, stream: str = "test") -> None:
@@ -83,6 +85,8 @@ class LogitDrift(SupervisedPlugin, PluginMetric[float]):
 
     def after_eval_iteration(self, strategy: Any, **_: Any) -> None:
         """Keep the probe's logits, or compare them with those kept."""
+        if hasattr(strategy.experience, "origin_experience"):
+            raise ValueError("LogitDrift watches whole experiences: evaluate these, not parts")
         index = _index(strategy.experience)
         name = getattr(getattr(strategy.experience, "origin_stream", None), "name", self._stream)
         if self._probed or index not in self._learnt or name != self._stream:
@@ -174,6 +178,11 @@ def _trained(strategy: Any) -> set[int]:
 def _index(experience: Any) -> int:
     # logging(): an experience in train mode masks its index, and of what it is a part.
     shown = experience.logging() if hasattr(experience, "logging") else experience
-    if whole := getattr(shown, "origin_experience", None):
-        return _index(whole)
+    if hasattr(shown, "origin_experience"):
+        if shown.origin_experience is None:
+            raise ValueError(
+                "LogitDrift can't tell when an experience is learnt: this online stream's parts "
+                "are of several"
+            )
+        return _index(shown.origin_experience)
     return int(getattr(shown, "current_experience", 0))

@@ -377,10 +377,11 @@ def test_packnet_refuses_a_label_that_is_another_tasks() -> None:
 
 
 def test_replay_refuses_an_experience_that_it_was_not_given() -> None:
-    learner = strategy(network(), ERPlugin(stream()[:1], memory=10))
-    learner.train(stream()[0])
-    with pytest.raises(ValueError, match="experience 1 is not among the 1"):
-        learner.train(stream()[1])
+    learner = strategy(network(), ERPlugin(stream()[1:3], memory=10))
+    learner.train(stream()[1])
+    assert learner.plugins[0].buffer.targets_task_labels[0] == 1
+    with pytest.raises(ValueError, match=r"experience 0 is not among .* \(1, 2\)"):
+        learner.train(stream()[0])
 
 
 @pytest.mark.parametrize(

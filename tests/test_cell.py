@@ -481,6 +481,32 @@ def test_a_task_goes_on_whoever_shares_it(
         assert without_times(record) == without_times(finished["clnp"])
 
 
+@pytest.mark.parametrize("elsewhere", ["another commit", "another machine", None])
+def test_what_was_begun_elsewhere_is_not_shared(
+    elsewhere: str | None,
+    images: Images,
+    tmp_path: Path,
+    steps: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cell's own record names where; those of others that would use its training could not."""
+    cell = cell_of("clnp", images=images)
+    assert cell.trained_hash is not None
+    shared = SharedTrials(tmp_path / "shared.pt", cell.trained_hash, GIT, {})
+    with monkeypatch.context() as patch:
+        if elsewhere == "another commit":
+            patch.setitem(GIT, "commit", "1" * 40)
+        if elsewhere == "another machine":
+            there = cells.environment(torch.device("cpu")) | {"hardware": "another"}
+            patch.setattr(cells, "environment", lambda device: there)
+        with steps.stopping(4), pytest.raises(Terminated):
+            run(cell, images, tmp_path / "cell", shared=shared)
+    record = run(cell, images, tmp_path / "cell", shared=shared)
+    assert ("earlier" in record["git"]) is (elsewhere == "another commit")
+    assert ("earlier" in record["environment"]) is (elsewhere == "another machine")
+    assert bool(shared.files()) is (elsewhere is None)
+
+
 @pytest.mark.parametrize("tasks", ["first", "each"])
 def test_a_search_reaches_the_record_and_survives_a_resume(
     tasks: str, images: Images, tmp_path: Path

@@ -65,7 +65,7 @@ def test_methods_of_a_preset_have_settings_for_it(preset: type[Experiment]) -> N
 
 @pytest.mark.parametrize("value", ["inf", "nan"])
 @pytest.mark.parametrize(
-    "setting", ["finetune.lr", "si.strength", "lwf.strength", "hat.lamb", "clnp.l1"]
+    "setting", ["finetune.lr", "si.strength", "lwf.strength", "hat.lamb", "clnp.l1", "clnp.grid_l1"]
 )
 def test_numbers_without_end_are_no_settings(setting: str, value: str) -> None:
     method, _, name = setting.partition(".")

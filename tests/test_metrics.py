@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from avalanche.benchmarks import tensors_benchmark
-from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.benchmarks.scenarios.online import (
+    split_continuous_linear_decay_stream,
+    split_online_stream,
+)
 from avalanche.models import SimpleMLP, as_multitask
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.supervised import JointTraining, Naive
@@ -138,6 +141,18 @@ def test_parts_of_an_online_stream_train_the_experience_they_are_of(boundaries: 
     now = [float((strategy.model(x).detach() - kept).abs().max()) for x, kept in learnt]
     assert drift.drift()[0] >= now[0] > 0
     assert drift.drift()[2] == now[2] == 0
+
+
+def test_parts_that_cannot_be_watched_are_refused() -> None:
+    bench = benchmark()
+    (part, *_) = split_online_stream(bench.train_stream, 20, access_task_boundaries=True)
+    strategy = with_metric(LogitDrift("train_online"))
+    strategy.train(part, eval_streams=[])
+    with pytest.raises(ValueError, match="watches whole experiences"):
+        strategy.eval([part])
+    mixed = split_continuous_linear_decay_stream(bench.train_stream, 20, 3, 1.0, False)
+    with pytest.raises(ValueError, match="are of several"):
+        strategy.train(next(iter(mixed)), eval_streams=[])
 
 
 def test_all_that_is_learnt_at_once_is_watched() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,9 @@ def _theme() -> Iterator[None]:
 def _picture(name: str, caption: str, numbers: pd.DataFrame, figure: Figure, mark: str) -> Picture:
     """Render without anything that depends on the time, the place or the version."""
     if mark:
-        figure.suptitle(mark, fontsize=RC["axes.titlesize"])
+        size = RC["axes.titlesize"]
+        letters = int(figure.get_figwidth() * 72 / (0.58 * size))  # a letter's mean width in ems
+        figure.suptitle(textwrap.fill(mark, letters), fontsize=size)
     pdf, png = BytesIO(), BytesIO()
     nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
     figure.savefig(pdf, format="pdf", metadata=nothing)
