@@ -14,6 +14,8 @@ import torch
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training.plugins import ReplayPlugin
 
+from baselines.experience import index_of
+
 
 class ERPlugin(ReplayPlugin):
     """Avalanche's replay, whose memory can be made again.
@@ -44,7 +46,7 @@ class ERPlugin(ReplayPlugin):
                 f"{len(experiences)} experiences"
             )
         super().__init__(mem_size=memory)
-        self.experiences = {_index(experience): experience for experience in experiences}
+        self.experiences = {index_of(experience): experience for experience in experiences}
         """By index, which that in a part of the stream isn't."""
         self.seed = seed
         self.learnt: list[int] = []
@@ -57,7 +59,7 @@ class ERPlugin(ReplayPlugin):
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Let samples of the memory join the batches, by the strategy's own means if it has any."""
-        if (index := _index(strategy.experience)) not in self.experiences:
+        if (index := index_of(strategy.experience)) not in self.experiences:
             raise ValueError(
                 f"experience {index} is not among those that ERPlugin was given "
                 f"({', '.join(map(str, self.experiences)) or 'none'}): give it the training stream"
@@ -69,7 +71,7 @@ class ERPlugin(ReplayPlugin):
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Put samples of the experience into the memory."""
-        self._remember(_index(strategy.experience))
+        self._remember(index_of(strategy.experience))
 
     def _remember(self, index: int) -> None:
         state = np.random.SeedSequence(self.seed, spawn_key=(index,)).generate_state(1)[0]
@@ -88,8 +90,3 @@ class ERPlugin(ReplayPlugin):
         self.storage_policy, self.learnt = fresh.storage_policy, []
         for index in state["learnt"]:
             self._remember(index)
-
-
-def _index(experience: Any) -> int:
-    # logging(): an experience in training hides its index.
-    return int(experience.logging().current_experience)

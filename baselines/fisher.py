@@ -100,7 +100,7 @@ def refuse_mixing(model: nn.Module) -> None:
     ------
     ValueError
         Batch norm without running statistics mixes the samples; torch can't batch the gradients of
-        its recurrent layers.
+        its recurrent layers, unless these are frozen.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
@@ -109,7 +109,6 @@ def refuse_mixing(model: nn.Module) -> None:
                 "of the batch, so that single samples have no gradient. Give it running statistics."
             )
         if isinstance(module, nn.RNNBase) and any(p.requires_grad for p in module.parameters()):
-            # Their other parameters may be frozen, with no gradient to ask for.
             raise ValueError(
                 f"{name} is a {type(module).__name__}: torch.func.vmap, which gives the gradients "
                 "of single samples, has no rule for torch's recurrent layers. Build it from cells "

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from baselines.experience import index_of
 from clnp.random_state import seeded
 
 EMBEDDING_LIMIT = 6.0
@@ -312,7 +313,7 @@ class HATPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Draw the task's embeddings and head, and work out what is withheld from it."""
-        index = _index(strategy)
+        index = index_of(strategy.experience)
         if index in self.tasks:
             raise ValueError(f"HAT has learnt experience {index} already; it can't learn it again.")
         if self.tasks:
@@ -389,7 +390,7 @@ class HATPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Keep the task's gates and its head."""
         self._gates = self._final_gates()
-        self.tasks[_index(strategy)] = LearntTask(self._gates, self._head_copy())
+        self.tasks[index_of(strategy.experience)] = LearntTask(self._gates, self._head_copy())
 
     # --- evaluation -------------------------------------------------------------------------------
 
@@ -408,7 +409,9 @@ class HATPlugin(SupervisedPlugin):
     def before_eval_exp(self, strategy: Any, **_: Any) -> None:
         """Take the gates and the head of the experience's own task."""
         assert self._head_aside is not None
-        task = self.tasks.get(_index(strategy)) or LearntTask(self._final_gates(), self._head_aside)
+        task = self.tasks.get(index_of(strategy.experience)) or LearntTask(
+            self._final_gates(), self._head_aside
+        )
         self._gates = task.gates
         self._set_head(task.head)
 
@@ -478,11 +481,6 @@ def own_rate(optimizer: torch.optim.Optimizer, embeddings: Sequence[Tensor], lr:
     moved = {id(embedding) for embedding in embeddings}
     first["params"] = [p for p in first["params"] if id(p) not in moved]
     optimizer.add_param_group({"params": list(embeddings), "lr": lr})
-
-
-def _index(strategy: Any) -> int:
-    # logging(): an experience in training hides its index.
-    return int(strategy.experience.logging().current_experience)
 
 
 def _refuse_drift(optimizer: torch.optim.Optimizer) -> None:

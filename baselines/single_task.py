@@ -7,6 +7,7 @@ from typing import Any
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
+from baselines.experience import index_of
 from clnp.random_state import seeded
 
 Weights = dict[str, Tensor]
@@ -72,7 +73,7 @@ class SingleTaskPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """Keep the task's network."""
-        self.networks[_index(strategy)] = copy_weights(strategy.model)
+        self.networks[index_of(strategy.experience)] = copy_weights(strategy.model)
 
     def before_eval(self, strategy: Any, **_: Any) -> None:
         """Put aside the weights that may be in training."""
@@ -80,7 +81,7 @@ class SingleTaskPlugin(SupervisedPlugin):
 
     def before_eval_exp(self, strategy: Any, **_: Any) -> None:
         """Give the model the weights of the experience's own network."""
-        weights = self.networks.get(_index(strategy), self._in_training)
+        weights = self.networks.get(index_of(strategy.experience), self._in_training)
         if weights is not None:
             strategy.model.load_state_dict(weights)
 
@@ -93,8 +94,3 @@ class SingleTaskPlugin(SupervisedPlugin):
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in weights.items()}
-
-
-def _index(strategy: Any) -> int:
-    # logging(): an experience in training hides its index.
-    return int(strategy.experience.logging().current_experience)

@@ -21,6 +21,8 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from baselines.experience import index_of
+
 Kind = Literal["binary", "complex", "rotation"]
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -412,7 +414,7 @@ class SuperpositionPlugin(SupervisedPlugin):
 
     def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Take the task's contexts; measure the first task's inputs."""
-        task = _index(strategy)
+        task = index_of(strategy.experience)
         self._check(strategy, task)
         if not self.begun and hasattr(self.model, "input_mean"):
             self._measure(strategy)
@@ -425,7 +427,7 @@ class SuperpositionPlugin(SupervisedPlugin):
 
     def before_eval_exp(self, strategy: Any, **_: Any) -> None:
         """Take the contexts of the experience's own task."""
-        task = _index(strategy)
+        task = index_of(strategy.experience)
         if task not in self.begun:
             task = self.begun[-1] if self.begun else 0
         self.select(task)
@@ -474,11 +476,6 @@ class SuperpositionPlugin(SupervisedPlugin):
             raise ValueError(f"all inputs are {mean}: they can't be normalised")
         kept[0].fill_(mean)
         kept[1].fill_(deviation)
-
-
-def _index(strategy: Any) -> int:
-    # logging(): an experience in training hides its index.
-    return int(strategy.experience.logging().current_experience)
 
 
 def _inputs(strategy: Any) -> Iterator[Tensor]:

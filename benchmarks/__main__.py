@@ -310,7 +310,8 @@ def run(options: Run) -> int:
     )
     if code in (0, 1):
         recorded = experiment.name in load.experiments(options.records_dir)
-        print(page.build(options.records_dir, options.out_dir, [experiment.name][:recorded]))
+        shown = [experiment.name] if recorded else []  # every cell may have failed
+        print(page.build(options.records_dir, options.out_dir, shown))
         print(f"Tables and figures: {options.out_dir / 'index.html'}")
     return code
 

@@ -105,7 +105,6 @@ class LogitDrift(SupervisedPlugin, PluginMetric[float]):
             self._reference[index], self._labels[index] = now.clone(), labels.clone()
             self._drift[index] = 0.0
             return
-        # A head or a batch that grew: what was there is compared.
         before = self._labels.get(index, labels)
         if not torch.equal(*_common(before, labels)):
             self._drift[index] = math.nan
@@ -116,7 +115,7 @@ class LogitDrift(SupervisedPlugin, PluginMetric[float]):
                 stacklevel=2,
             )
             return
-        kept, now = _common(kept, now)
+        kept, now = _common(kept, now)  # what was there before a head or a batch grew
         self._drift[index] = max(self._drift[index], _change(kept, now))
 
     def after_eval(self, strategy: Any, **_: Any) -> list[MetricValue]:
