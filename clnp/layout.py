@@ -238,10 +238,11 @@ def pieces(tensor: Tensor, where: Runs, dim: int = 0) -> list[Tensor]:
 
 
 def take(tensor: Tensor, where: Runs, dim: int = 0) -> Tensor:
-    """The given channels of a tensor: a view of one run, a copy of several."""
+    """The given channels of a tensor: itself for all, a view of one run, a copy of several."""
     found = pieces(tensor, where, dim)
     if len(found) == 1:
-        return found[0]
+        # A gradient back through a view of everything would be copied into zeros.
+        return tensor if found[0].shape == tensor.shape else found[0]
     return torch.cat(found, dim) if found else tensor.narrow(dim, 0, 0)
 
 

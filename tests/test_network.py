@@ -1,5 +1,6 @@
 """Views against masked networks of full width, and what a task's training can't reach."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -996,3 +997,35 @@ def test_batch_norm_runs_on_dense_tensors_beside_frozen_channels(
     assert len(seen.backwards) == 4  # of free ones: the input, and the gradient of the output
     for tensor in (*seen.forwards, *seen.backwards):
         assert tensor.is_contiguous(memory_format=memory)
+
+
+class _Operations(TorchDispatchMode):
+    """What is done with tensors, forwards and back, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "conv head", "residual"])
+def test_an_empty_network_works_no_more_than_a_plain_one(name: str) -> None:
+    """A gradient back through a slice of everything would be copied into zeros, at each norm."""
+    x = inputs(name)
+    network = partitioned(name, single_head=True)
+    plain = copy.deepcopy(network.model).train()
+    network.begin_task(network.layout)
+    network.model.train()
+    found = []
+    for model, view in ((network.model, network.view(network.training_view)), (plain, None)):
+        with view or contextlib.nullcontext(), _Operations() as seen:
+            F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()
+        # Views of the parameters and running statistics cost nothing.
+        found.append([o for o in seen.names if "slice.Tensor" not in o and "detach" not in o])
+    ours, bare = found
+    assert ours == bare

@@ -28,7 +28,7 @@ def weights() -> dict[str, nn.Parameter]:
     return leaves
 
 
-@pytest.mark.parametrize("part", [1, 12, 30, 2**18])
+@pytest.mark.parametrize("part", [1, 12, 30, 2**19])
 def test_alpha_times_the_sign_is_added_whatever_the_parts(
     part: int, monkeypatch: pytest.MonkeyPatch
 ):
