@@ -383,6 +383,36 @@ def test_capacity_counts_every_layer_and_task() -> None:
 def test_no_capacity_no_table() -> None:
     cells = [cell for cell in cells_of("pmnist") if cell.method == "finetune"]
     assert tables.capacity_table(cells) is None
+    assert tables.cuts_table(cells) is None
+
+
+def test_cuts_tell_the_epoch_kept_and_what_each_cost() -> None:
+    cells = [cell for cell in cells_of("pmnist") if cell.method == "clnp"]
+    low = cells[1].cuts.copy()
+    low.loc[9, "living"] -= 0.03  # 0.06 points below the best epoch; m is 0.05
+    cells[1] = replace(cells[1], cuts=low)
+    table = tables.cuts_table(cells)
+    assert table is not None
+    assert len(table.numbers) == 3 * 10
+    for seed in range(3):
+        history = record_of("pmnist", "clnp", seed)["history"]
+        mine = table.numbers[table.numbers["seed"] == seed].set_index("task")
+        for entry in history:
+            row = mine.loc[entry["task"] + 1]
+            assert (row["epoch"], row["epochs"]) == (entry["epoch"], entry["epochs"])
+            assert row["trained"] == pytest.approx(100 * entry["trained_validation"])
+            assert row["pruned"] == pytest.approx(100 * entry["pruned_validation"])
+            assert row["below"] == (seed == 1 and entry["task"] == 9)
+    assert table.text["Below m"].tolist() == ["0 of 3"] * 9 + ["1 of 3"]
+    assert table.text["Epoch kept"].str.fullmatch(r"\d\.\d of 6").all()
+
+
+def test_cuts_of_records_from_before_the_epoch_was_told() -> None:
+    cell = next(c for c in cells_of("pmnist") if c.method == "clnp")
+    old = replace(cell, cuts=cell.cuts.assign(epoch=np.nan, epochs=np.nan))
+    table = tables.cuts_table([old])
+    assert table is not None
+    assert set(table.text["Epoch kept"]) == {tables.NONE}
 
 
 def test_matrix_and_lines_of_joint_training_have_one_row() -> None:
@@ -723,7 +753,9 @@ def test_a_search_is_shown_where_a_record_has_one(built: Path, tmp_path: Path) -
     assert "Grid search" not in (built / "out" / "index.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["table1", "claims", "comparisons", "capacity", "seeds", "tuning"])
+@pytest.mark.parametrize(
+    "name", ["table1", "claims", "comparisons", "capacity", "cuts", "seeds", "tuning"]
+)
 @pytest.mark.parametrize("suffix", ["md", "tex", "csv"])
 def test_golden(built: Path, name: str, suffix: str) -> None:
     now = (built / "out" / "pmnist" / f"{name}.{suffix}").read_bytes()

@@ -79,8 +79,10 @@ class Cell:
     validation: npt.NDArray[np.float64]
     """Likewise, on validation data."""
     cuts: pd.DataFrame
-    """Columns task (from 0), best, trained, pruned: validation accuracy (%) of the best epoch, of
-    the trained network, and after the cut."""
+    """Columns task (from 0), epoch (the one kept; 1 is the first), epochs (trained), and validation
+    accuracies (%): best (of the epochs), trained (of the one kept), living (without its dead
+    units), cut (after the cut, the first where there are several), pruned (in the end: after any
+    fine-tuning)."""
     capacity: pd.DataFrame
     """Columns task, layer, used, new, reused, free, used_fraction; no rows without capacity."""
     sufficiency: pd.DataFrame
@@ -138,16 +140,19 @@ def decode(record: dict[str, Any]) -> Cell:
             [
                 (
                     task,
+                    entry.get("epoch"),
+                    entry.get("epochs"),
                     100 * entry["best_validation"],
                     100 * entry.get("trained_validation", entry["best_validation"]),
                     100 * _living(entry),
+                    100 * _cut(entry),
                     100 * entry["pruned_validation"],
                 )
                 for task, entry in enumerate(record.get("history", []))
                 if "pruned_validation" in entry
             ],
-            columns=["task", "best", "trained", "living", "pruned"],
-        ),
+            columns=["task", "epoch", "epochs", "best", "trained", "living", "cut", "pruned"],
+        ).astype({"epoch": float, "epochs": float}),
         capacity=pd.DataFrame([{c: row[c] for c in columns} for row in record["capacity"]]),
         sufficiency=pd.DataFrame(
             [{c: row[c] for c in reads} for row in record.get("sufficiency", [])], columns=reads
@@ -282,16 +287,31 @@ def cells(records_dir: Path, experiment: str, paper: bool) -> tuple[list[Cell], 
     return kept, notes + _remarks(kept)
 
 
+def _cut(entry: dict[str, Any]) -> float:
+    """Return a task's validation accuracy after its first cut, before any fine-tuning."""
+    first: dict[str, Any] = next(iter(entry.get("fine_tuning", [])), {})
+    cut: float = first.get("cut_validation", entry["pruned_validation"])
+    return cut
+
+
 def _living(entry: dict[str, Any]) -> float:
     """Return the validation accuracy of a task's network without its dead units.
 
     Records before 2026-11-28 don't tell it. If it was below the margin, their cut took nothing
     else, and its accuracy is the one after the cut; if not, so is that.
     """
-    first: dict[str, Any] = next(iter(entry.get("fine_tuning", [])), {})
-    cut = first.get("cut_validation", entry["pruned_validation"])
-    living: float = entry.get("living_validation", cut)
+    living: float = entry.get("living_validation", _cut(entry))
     return living
+
+
+def margin(cell: Cell) -> float:
+    """Return m in points, as the cell's settings have it; 0 if they have none."""
+    return 100 * float(json.loads(cell.settings)["method"].get("margin") or 0)
+
+
+def below_margin(cell: Cell) -> pd.Series[bool]:
+    """Tell for each of a cell's cuts whether even without dead units it was more than m too low."""
+    return cell.cuts["living"] < cell.cuts["best"] - margin(cell) - ROUNDING
 
 
 def _remarks(kept: Sequence[Cell]) -> list[str]:
@@ -309,9 +329,7 @@ def _remarks(kept: Sequence[Cell]) -> list[str]:
             )
     for cell in kept:
         settings = json.loads(cell.settings)["method"]
-        margin = 100 * (settings.get("margin") or 0)
-        cuts = cell.cuts
-        below = cuts.loc[cuts["living"] < cuts["best"] - margin - ROUNDING, "task"]
+        below = cell.cuts.loc[below_margin(cell), "task"]
         if len(below):
             harmless = settings.get("below_margin") == "harmless"
             cut = "only what costs no accuracy" if harmless else "none but dead units"

@@ -97,6 +97,7 @@ def _tables(
                 cells, target, load.without_holdout(records_dir, experiment, cells)
             ),
             tables.capacity_table(cells),
+            tables.cuts_table(cells),
             tables.search_table(cells),
             tables.seeds_table(cells),
         ]

@@ -15,7 +15,15 @@ import pandas as pd
 
 from benchmarks.experiment import canonical
 from benchmarks.records import Tuning, tuned_method
-from benchmarks.reporting.load import SEARCH, Cell, Targets, label, rank
+from benchmarks.reporting.load import (
+    SEARCH,
+    Cell,
+    Targets,
+    below_margin,
+    label,
+    margin,
+    rank,
+)
 from benchmarks.reporting.stats import (
     NAN,
     Summary,
@@ -449,6 +457,33 @@ def sufficiency_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def cuts_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return which epoch each task kept, and what its cut cost.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns method, seed, task (from 1), epoch (the one kept; 1 is the first), epochs (trained),
+        best, trained, cut, pruned (validation accuracy, %: of the best epoch, of the one kept,
+        after the first cut, after any fine-tuning), margin (m, points), below (whether it was more
+        than m below the best before anything but dead units was cut).
+    """
+    columns = ["method", "seed", "task", "epoch", "epochs"]
+    columns += ["best", "trained", "cut", "pruned", "margin", "below"]
+    parts = [
+        cell.cuts.assign(
+            method=cell.method,
+            seed=cell.seed,
+            task=cell.cuts["task"] + 1,
+            margin=margin(cell),
+            below=below_margin(cell),
+        )[columns]
+        for cell in cells
+        if len(cell.cuts)
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
 def ablation_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return what a task loses without the older units that don't count as reused.
 
@@ -836,6 +871,44 @@ def capacity_table(cells: Sequence[Cell]) -> Table | None:
             "Used: units of any task so far. New: first used by this task. Reused: older units "
             "that this task reads.",
             seeds_note(having),
+        ),
+    )
+
+
+def cuts_table(cells: Sequence[Cell]) -> Table | None:
+    """Return the epoch that each task kept and what its cut cost; None if nothing was cut."""
+    frame = cuts_frame(cells)
+    if frame.empty:
+        return None
+    rows = []
+    for (method, task), part in frame.groupby(["method", "task"], sort=False):
+        mean = part[["epoch", "best", "trained", "cut", "pruned"]].mean()
+        epochs = sorted({f"{value:.0f}" for value in part["epochs"].dropna()})
+        kept = NONE if pd.isna(mean["epoch"]) else f"{number(mean['epoch'], 1)}"
+        rows.append(
+            {
+                "Method": label(str(method)),
+                "Task": str(task),
+                "n": str(len(part)),
+                "Epoch kept": f"{kept} of {' or '.join(epochs)}" if epochs else kept,
+                "Best epoch, %": number(mean["best"]),
+                "This epoch, %": number(mean["trained"]),
+                "After the cut, %": number(mean["cut"]),
+                "In the end, %": number(mean["pruned"]),
+                "m, points": f"{part['margin'].iloc[0]:g}",
+                "Below m": f"{part['below'].sum()} of {len(part)}",
+            }
+        )
+    return Table(
+        name="cuts",
+        caption="The epoch that a task keeps, and what its cut costs; means over seeds",
+        numbers=frame,
+        text=pd.DataFrame(rows),
+        notes=(
+            "Validation accuracies; in the end: after fine-tuning, where there is some. Below m: "
+            "seeds whose network was more than m below its best epoch before anything but dead "
+            "units was cut.",
+            seeds_note([cell for cell in cells if len(cell.cuts)]),
         ),
     )
 
