@@ -944,8 +944,11 @@ def test_early_stopping_beside_it() -> None:
     assert torch.equal(plugin.subnetwork(0)(x), logits)
 
 
+@pytest.mark.parametrize(("margin", "kept"), [(0.0, 3), (0.009, 3), (0.01, 5)])
 @pytest.mark.parametrize("network", [mlp, convnet])
-def test_the_latest_epoch_within_the_margin_is_kept(network: Callable[[], nn.Module]) -> None:
+def test_the_latest_epoch_within_the_margin_is_kept(
+    network: Callable[[], nn.Module], margin: float, kept: int
+) -> None:
     """Its weights and running statistics are those that are cut: same logits, same accuracy."""
     shape = IMAGE if network is convnet else (FEATURES,)
     bench = benchmark(tasks=2, shape=shape)
@@ -967,18 +970,18 @@ def test_the_latest_epoch_within_the_margin_is_kept(network: Callable[[], nn.Mod
         def after_training_epoch(self, strategy: Any, **_: Any) -> None:
             states.append(copy.deepcopy(strategy.model.state_dict()))
 
-    plugin = Scripted(margin=0.0, l1=1e-3, keep_epoch="latest-within-margin")
+    plugin = Scripted(margin=margin, l1=1e-3, keep_epoch="latest-within-margin")
     trainer = strategy(network(), plugin, Record(), epochs=5)
     for task in range(2):
         states.clear()
         seen.clear()
         trainer.train(bench.train_stream[task], eval_streams=[])
-        assert plugin.history[task]["epoch"] == 3
+        assert plugin.history[task]["epoch"] == kept
         assert plugin.history[task]["epochs"] == 5
-        assert plugin.history[task]["trained_validation"] == 0.9
+        assert plugin.history[task]["trained_validation"] == {3: 0.9, 5: 0.89}[kept]
         for name, tensor in seen[0].items():
             if "num_batches" not in name:
-                assert torch.equal(tensor, states[2][name]), name
+                assert torch.equal(tensor, states[kept - 1][name]), name
         assert not torch.equal(states[2]["0.weight"], states[4]["0.weight"])
 
 

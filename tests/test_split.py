@@ -348,6 +348,7 @@ def test_the_wide_presets_settings_are_those_of_the_paper() -> None:
     joint, clnp = (METHODS[name].settings_for(wide) for name in ("joint", "clnp_m2"))
     assert isinstance(joint, JointSettings)
     assert (joint.epochs, joint.milestones, joint.per_task) == (120, (50, 90), (50, 10))
+    assert (joint.lr, joint.decay_from) == (0.001, 1.0)
     assert (joint.joint_tasks, joint.gamma, joint.parts, joint.early_stopping) == (
         10,
         0.05,
@@ -361,6 +362,20 @@ def test_the_wide_presets_settings_are_those_of_the_paper() -> None:
         assert METHODS[name].settings_for(wide).early_stopping
     assert not wide.augment
     assert (wide.tasks, wide.epochs, wide.shrink, wide.images) == (11, 60, 1, None)
+
+
+def test_the_narrow_presets_settings_are_those_of_the_paper() -> None:
+    """Sec. 3.2; that the learning rate falls at a task's end is ours."""
+    narrow = SplitCIFAR()
+    assert (narrow.tasks, narrow.epochs, narrow.images, narrow.augment) == (6, 60, None, False)
+    for name, margin, finetune in (("m1", 0.01, 0), ("m2", 0.02, 0), ("m4_ft", 0.04, 20)):
+        clnp = METHODS[f"clnp_{name}"].settings_for(narrow)
+        assert isinstance(clnp, CLNPSettings)
+        assert (clnp.margin, clnp.lr, clnp.l1) == (margin, 0.001, (5e-5,))
+        assert (clnp.finetune_epochs, clnp.finetune_iterations) == (finetune, 1)
+        assert clnp.keep_epoch == "last"
+        if finetune:
+            assert (clnp.finetune_lr, clnp.finetune_l1) == (1e-4, (5e-5,))
 
 
 def small_heads() -> MultiHead:
