@@ -198,6 +198,31 @@ def test_retrieval_noise_has_mean_0_and_the_variance_of_what_is_read(kind: Any, 
     assert torch.allclose(error.abs().square().mean(0), torch.as_tensor(variance), rtol=0.2)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 2), lambda: nn.Conv2d(6, 2, 2)])
+def test_retrieval_noise_of_rotations_has_mean_0_and_spreads_over_all_that_is_read(
+    make: Any,
+) -> None:
+    """A wrong rotation leaves the input's length alone, and points it anywhere."""
+    draws = 1000
+    plain = make()
+    weights, x = [torch.randn(2, 24) for _ in range(TASKS)], torch.randn(24)
+    errors = []
+    with torch.no_grad():
+        for seed in range(draws):
+            layer = layer_of(copy.deepcopy(plain), kind="rotation", seed=seed)
+            memory = torch.zeros(2, 24)
+            for task in reversed(range(TASKS)):
+                select(layer, task)
+                memory += weights[task] @ layer.context().T
+            layer.weight.copy_(memory.reshape(layer.weight.shape))
+            errors.append(layer(x.reshape(1, *layer.weight.shape[1:])).flatten() - weights[0] @ x)
+    error = torch.stack(errors)
+    others = torch.stack(weights[1:]).square().sum((0, 2))
+    variance = others * x.square().sum() / 24
+    assert (error.mean(0).abs() < 4 * variance.sqrt() / draws**0.5).all()
+    assert torch.allclose(error.square().mean(0), variance, rtol=0.2)
+
+
 def layer_full(layer: Superposed, signal: Tensor) -> tuple[Tensor, Tensor]:
     """Both parts of a complex layer's output for one flat signal, given by its parts."""
     hooks = layer._forward_pre_hooks.copy(), layer._forward_hooks.copy()
@@ -236,6 +261,27 @@ def test_contexts_of_ones_are_plain_training_bit_for_bit() -> None:
         kept.append([value for step in weights.kept for value in step])
     assert len(kept[0]) == len(kept[1]) == 3 * TASKS * 3 * 6
     assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_contexts_of_ones_are_plain_training_of_convolutions_bit_for_bit() -> None:
+    model = convnet()
+    plain = copy.deepcopy(model)
+    superpose(model, TASKS, bias=True, normalise=False)
+    for layer in superposed_layers(model):
+        layer.contexts.fill_(1)  # type: ignore[union-attr, operator]
+    both = [(net, torch.optim.RMSprop(net.parameters(), lr=0.003)) for net in (model, plain)]
+    before = [p.detach().clone() for p in plain.parameters()]
+    for step in range(3 * TASKS):
+        select(model, step // 3)
+        torch.manual_seed(step)
+        x, y = torch.randn(16, 2, 8, 8), torch.arange(16) % 3
+        for net, optimizer in both:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        pairs = [*zip(model.parameters(), plain.parameters(), strict=True)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert not any(torch.equal(a, b) for a, b in zip(before, plain.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
