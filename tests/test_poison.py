@@ -13,22 +13,51 @@ import torch
 from benchmarks import cell as cells
 from benchmarks.cell import Cell
 from benchmarks.data import Images, load
-from benchmarks.experiment import canonical
+from benchmarks.experiment import Experiment, canonical
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import METHODS, Method
 from benchmarks.quickstart import Quickstart
 from benchmarks.resume import load_state
+from benchmarks.split_cifar import SplitCIFAR, SplitCIFARWide
 from benchmarks.states import STATE
 
 TINY = Quickstart(
     tasks=3, epochs=1, method_epochs=False, hidden=(40, 40), batch_size=128, validation=300
 )
+NARROW = SplitCIFAR(
+    tasks=2, epochs=2, method_epochs=False, batch_size=64, settings=("ewc.samples=20",)
+)
+WIDE = SplitCIFARWide(
+    tasks=2,
+    epochs=2,
+    method_epochs=False,
+    batch_size=64,
+    shrink=64,
+    settings=("joint.per_task=4,4",),
+)
 
 
 def poisoned(images: Images) -> Images:
-    """Give every test image the next class as its label."""
+    """Give every test image the first class of its ten as its label.
+
+    Even a network that takes all for one class has another accuracy then.
+    """
     assert images.test_y is not None
-    return dataclasses.replace(images, test_y=(images.test_y + 1) % images.classes)
+    return dataclasses.replace(images, test_y=images.test_y // 10 * 10)
+
+
+def coloured() -> Images:
+    """Images of CIFAR's shape, in twenty classes."""
+    generator = torch.Generator().manual_seed(0)
+    templates = torch.randint(0, 200, (20, 3, 32, 32), generator=generator)
+
+    def part(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.arange(count) % 20
+        noise = torch.randint(0, 56, (count, 3, 32, 32), generator=generator)
+        x = (templates[y] + noise).to(torch.uint8)
+        return x.contiguous(memory_format=torch.channels_last), y
+
+    return Images("made", *part(240), *part(100), fingerprint="0" * 64, classes=20)
 
 
 def timeless(value: Any) -> Any:
@@ -39,10 +68,10 @@ def timeless(value: Any) -> Any:
 
 
 def trained(
-    method: Method[Any], images: Images, folder: Path
+    method: Method[Any], images: Images, folder: Path, experiment: Experiment = TINY
 ) -> tuple[list[Any], str, dict[str, Any]]:
     """Return the test accuracy, all else in the record, and the state after the last task."""
-    cell = Cell(TINY, method, 0, images.fingerprint)
+    cell = Cell(experiment, method, 0, images.fingerprint)
     git = {"commit": None, "dirty": True}
     record = cells.run(cell, images, torch.device("cpu"), folder, git, lambda event: None)
     test = record["accuracy"].pop("test")
@@ -61,11 +90,18 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def differences(method: Method[Any], tmp_path: Path) -> set[str]:
+def differences(
+    method: Method[Any],
+    tmp_path: Path,
+    experiment: Experiment = TINY,
+    images: Images | None = None,
+) -> set[str]:
     """Return what other test labels change."""
-    images = load("digits")
-    accuracy, rest, state = trained(method, images, tmp_path / "real")
-    other_accuracy, other_rest, other_state = trained(method, poisoned(images), tmp_path / "fake")
+    images = images or load("digits")
+    accuracy, rest, state = trained(method, images, tmp_path / "real", experiment)
+    other_accuracy, other_rest, other_state = trained(
+        method, poisoned(images), tmp_path / "fake", experiment
+    )
     changed = {
         "test accuracy": accuracy == other_accuracy,
         "record": rest == other_rest,
@@ -103,6 +139,19 @@ def test_nor_which_epoch_is_kept(method: str, tmp_path: Path) -> None:
     settings = dataclasses.replace(found.settings["quickstart"], early_stopping=True, epochs=3)
     made = dataclasses.replace(found, settings={"quickstart": settings})
     assert differences(made, tmp_path) == {"test accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "method"),
+    [(e, name) for e in (NARROW, WIDE) for name, m in METHODS.items() if e.preset in m.settings],
+    ids=lambda value: value if isinstance(value, str) else value.preset,
+)
+def test_nor_anything_on_coloured_images(
+    experiment: Experiment, method: str, tmp_path: Path
+) -> None:
+    """With heads a task, the parts of a joint head, norms a task, grids and early stopping."""
+    found = differences(METHODS[method], tmp_path, experiment, coloured())
+    assert found == {"test accuracy"}
 
 
 class Cheat(Learner):
