@@ -45,10 +45,11 @@ class Fast(ResidentData, Naive):
     """Finetuning on resident data."""
 
 
-def made(classes: int, count: int, seed: int, name: str = "made") -> Images:
-    """Images of 32x32 pixels, each a class's template under noise."""
+def made(classes: int, count: int, seed: int, name: str = "made", square: int = 1) -> Images:
+    """Images of 32x32 pixels, each a class's template of squares of one colour under noise."""
     generator = torch.Generator().manual_seed(seed)
-    templates = torch.randint(0, 200, (classes, 3, 32, 32), generator=generator)
+    templates = torch.randint(0, 200, (classes, 3, 32 // square, 32 // square), generator=generator)
+    templates = templates.repeat_interleave(square, 2).repeat_interleave(square, 3)
 
     def part(count: int) -> tuple[Tensor, Tensor]:
         y = torch.arange(count) % classes
@@ -469,16 +470,20 @@ def test_resident_batches_never_ask_for_their_task(
 
 
 @pytest.mark.parametrize("network", ["narrow", "wide"])
-def test_nothing_is_forgotten_bit_for_bit(images: Images, network: str) -> None:
+def test_nothing_is_forgotten_bit_for_bit(network: str) -> None:
     """Dropout, max pooling and heads; batch norm and a single head."""
+    # Large squares outlast pooling: both networks learn them soon, however a CPU rounds.
+    images = join([made(10, 200, 0, square=8), made(20, 300, 1, square=8)])
     torch.manual_seed(0)
     if network == "narrow":
-        model, tasks, options = MultiHead(*narrow(), 2, 10), 2, {"train_mb_size": 20, "lr": 0.001}
+        model, tasks, margin = MultiHead(*narrow(), 2, 10), 2, 0.02
+        options = {"train_mb_size": 20, "train_epochs": 6, "lr": 0.001}
     else:
-        model, tasks, options = wide(shrink=16), 3, {"lr": 0.003}
+        model, tasks, margin = wide(shrink=16), 3, 0.05
+        options = {"train_epochs": 8, "lr": 0.003}
     scenario = split(images, tasks, 0, 0.1)
-    plugin = CLNPPlugin(margin=0.05, l1=1e-5, valid_stream=scenario.streams["valid"])
-    learner = strategy(model, plugin, train_epochs=8, **options)
+    plugin = CLNPPlugin(margin=margin, l1=1e-5, valid_stream=scenario.streams["valid"])
+    learner = strategy(model, plugin, **options)
     assert images.test_x is not None
     x = images.test_x[:100].float() / 255
     kept: list[Tensor] = []
@@ -489,11 +494,9 @@ def test_nothing_is_forgotten_bit_for_bit(images: Images, network: str) -> None:
             assert torch.equal(plugin.subnetwork(old)(x), kept[old])
     # There was something to forget, and something was learnt.
     use = plugin.capacity()
-    first = use[use.task == 0].used  # in single layers one channel may do, as kernels round it
-    assert first.min() > 0
-    assert first.sum() > 5 * len(first)
+    assert (use[use.task == 0].used > 1).all()
     assert use.new.groupby(use.task).sum().min() > 0
-    assert all(entry["pruned_validation"] > 0.5 for entry in plugin.history)
+    assert all(entry["pruned_validation"] > 0.8 for entry in plugin.history)
 
 
 @pytest.mark.slow
