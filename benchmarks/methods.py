@@ -821,11 +821,12 @@ METHODS: dict[str, Method[Any]] = {
                     for first in (1e-7, 1e-6)
                 ),
             },
+            tuning_tasks=_WHOLE,
         ),
         Method(
             name="clnp_best",
             build=_clnp,
-            settings={"pmnist": dataclasses.replace(_CLNP, lr=0.001)},
+            settings={"pmnist": dataclasses.replace(_CLNP, l1=(1e-6, 1e-5, 1e-6))},
             task_id_at_test=True,
         ),
         Method(
