@@ -72,6 +72,23 @@ def test_a_grid_is_run_once(run: Call, tmp_path: Path, capsys: pytest.CaptureFix
     assert again != first  # the times
 
 
+def test_experiments_run_one_after_the_other_share_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the sessions of `nox -s pmnist split_cifar` do: each has the same folders."""
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("records", "runs", "out", "data")]
+    options = ("--wandb", "disabled", "--device", "cpu", "--tasks", "2", "--methods", "finetune")
+    for epochs in ("1", "2"):
+        assert main(["run", "quickstart", *options, "--epochs", epochs, *folders]) == 0
+        assert f"Tables and figures: {tmp_path / 'out' / 'index.html'}" in capsys.readouterr().out
+    page = (tmp_path / "out" / "index.html").read_text()
+    experiments = [folder.name for folder in (tmp_path / "records").iterdir()]
+    assert len(experiments) == 2
+    for name in experiments:
+        assert f'id="{name}"' in page
+        assert (tmp_path / "out" / name / "main.csv").exists()
+
+
 def test_n_seeds_counts_from_zero(run: Call, tmp_path: Path) -> None:
     assert run("--methods", "finetune", "--n-seeds", "2") == 0
     assert [p.name.split("-")[0] for p in sorted(tmp_path.glob("records/*/*/*"))] == [
