@@ -918,7 +918,10 @@ METHODS: dict[str, Method[Any]] = {
                     _NARROW,
                     # The first is that of SI's authors. Not among them: the best epoch, whose
                     # accuracy on the images that choose it would beat any other's.
-                    tuple(Settings(decay_from=decay) for decay in (1.0, 0.7)),
+                    (
+                        *(Settings(decay_from=decay) for decay in (1.0, 0.7)),
+                        *(Settings(lr=lr) for lr in (0.002, 0.0005)),
+                    ),
                 ),
             },
         ),
