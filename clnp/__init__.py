@@ -9,8 +9,9 @@ Learn task after task in one network of fixed size with exactly zero forgetting:
 from clnp.errors import CapacityExhausted, CLNPError, Incompatible, UnsupportedNetwork
 from clnp.finetune import FineTune
 from clnp.metrics import LogitDrift
-from clnp.plugin import CLNP, CLNPPlugin
+from clnp.plugin import CLNPPlugin
 from clnp.search import search
+from clnp.strategy import CLNP
 
 __all__ = [
     "CLNP",

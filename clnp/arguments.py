@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse what is none of the choices.
@@ -101,3 +103,9 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; give an integer") from None
+
+
+def shown(value: Any) -> str:
+    """What a value is, in a few words."""
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"a {type(value).__name__}{shape}"

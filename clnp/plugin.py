@@ -3,32 +3,20 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from avalanche.benchmarks.utils.data_loader import ReplayDataLoader
-from avalanche.models import MultiHeadClassifier, MultiTaskModule
-from avalanche.models.dynamic_modules import IncrementalClassifier
+from avalanche.models import MultiHeadClassifier
 from avalanche.models.utils import avalanche_forward, is_multi_task_module
-from avalanche.training.plugins import (
-    EarlyStoppingPlugin,
-    EvaluationPlugin,
-    LRSchedulerPlugin,
-    SupervisedPlugin,
-)
-from avalanche.training.plugins.clock import Clock
-from avalanche.training.templates import SupervisedTemplate
-from avalanche.training.templates.base_sgd import PeriodicEval
+from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from clnp.arguments import check_alphas, check_margins, check_policy, choice, integer
+from clnp.arguments import check_alphas, check_margins, check_policy, choice, integer, shown
 from clnp.capacity import (
     Sufficiency,
     ablated,
@@ -38,15 +26,32 @@ from clnp.capacity import (
     sufficiency_table,
 )
 from clnp.compact import compact
+from clnp.compatible import (
+    GROWS,
+    check_head,
+    growing,
+    make_heads,
+    refuse_broken,
+    refuse_incompatible,
+)
 from clnp.early_stopping import LatestWithinMargin
-from clnp.errors import CLNPError, Incompatible, UnsupportedNetwork
+from clnp.errors import Incompatible, UnsupportedNetwork
+from clnp.evaluation import accuracy, outputs, predict
+from clnp.experiences import (
+    MASKED,
+    class_labels,
+    distinct_labels,
+    index_in_stream,
+    task_labels,
+    widened,
+)
 from clnp.finetune import FineTune, retrain
 from clnp.layout import Layout
 from clnp.network import PartitionedNetwork, SubNetwork
 from clnp.partition import Partition, derived_seed
 from clnp.proof import prove
 from clnp.pruning import Activity, Cut, graceful_forgetting, sorting
-from clnp.sparsity import L1
+from clnp.sparsity import L1, Alphas, alphas_by_layer, plain
 from clnp.units import Forward, find_layout
 
 HOLD_OUT = 0.1
@@ -57,12 +62,6 @@ PROBE = 16
 
 LARGE_BATCH = 256
 """Samples of the largest batch for which widening is tried."""
-
-COMPATIBLE = (EvaluationPlugin, LRSchedulerPlugin, EarlyStoppingPlugin, Clock, PeriodicEval)
-"""Avalanche's own plugins that neither read nor write what CLNP freezes."""
-
-Alphas = float | Sequence[float] | Mapping[str, float]
-"""alpha: one for all layers, one for each in forward order (the head last), or by name."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ class CLNPPlugin(SupervisedPlugin):
             or not len(example_input)
         ):
             raise TypeError(
-                f"example_input is {_shown(example_input)}; give a batch of inputs, a tensor of "
+                f"example_input is {shown(example_input)}; give a batch of inputs, a tensor of "
                 "shape (N, ...)"
             )
         self.margin = margin
@@ -523,11 +522,11 @@ class CLNPPlugin(SupervisedPlugin):
         """
         if not isinstance(state, Mapping) or not {"names", "by_label", "network"} <= state.keys():
             raise ValueError(
-                f"{_shown(state)} is no state of a CLNPPlugin; load what plugin.state_dict() gave, "
+                f"{shown(state)} is no state of a CLNPPlugin; load what plugin.state_dict() gave, "
                 "and the model's own state into the model"
             )
         names = list(state["names"])
-        _make_heads(model, state["network"])
+        make_heads(model, state["network"])
         self._by_label = state["by_label"]
         self.example_input = state["example"]
         example = self._kept_example(model)
@@ -589,12 +588,13 @@ class CLNPPlugin(SupervisedPlugin):
         """Check the task's data, and hold out validation data if no stream was given."""
         experience, data = strategy.experience, strategy.adapted_dataset
         index = len(self._names)
+        position = index_in_stream(experience, index)
         # Before Avalanche adapts the model to a task that is refused.
         self._name(experience)
-        if self._names and _growing(strategy.model):
-            raise Incompatible(f"{_growing(strategy.model)[0]!r} {GROWS}")
+        if self._names and growing(strategy.model):
+            raise Incompatible(f"{growing(strategy.model)[0]!r} {GROWS}")
         if len(data) == 0:
-            raise ValueError(f"experience {_position(experience, index)} has no training data")
+            raise ValueError(f"experience {position} has no training data")
         if len(data) != len(experience.dataset):
             raise Incompatible(
                 f"{type(strategy).__name__} trains on {len(data)} samples where the experience has "
@@ -602,7 +602,6 @@ class CLNPPlugin(SupervisedPlugin):
                 "task's units on them. CLNP needs no replay; use Naive"
             )
         if self.valid_stream is not None:
-            position = _position(experience, index)
             try:
                 self._valid_data = self.valid_stream[position].dataset.eval()
             except AttributeError as error:
@@ -619,8 +618,8 @@ class CLNPPlugin(SupervisedPlugin):
             held = max(1, round(HOLD_OUT * len(data)))
             if len(data) < 2:
                 raise ValueError(
-                    f"experience {_position(experience, index)} has {len(data)} sample, of which "
-                    "none can be held out for validation; give a valid_stream"
+                    f"experience {position} has {len(data)} sample, of which none can be held out "
+                    "for validation; give a valid_stream"
                 )
             generator = torch.Generator().manual_seed(derived_seed(self.seed, index, 1))
             order = torch.randperm(len(data), generator=generator)
@@ -628,29 +627,28 @@ class CLNPPlugin(SupervisedPlugin):
             strategy.adapted_dataset = data = data.subset(sorted(order[held:].tolist()))
         if len(self._valid_data) == 0:
             raise ValueError(
-                f"experience {_position(experience, index)} has no validation data, and the cut is "
-                "decided on it"
+                f"experience {position} has no validation data, and the cut is decided on it"
             )
         self._train_data = data
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Draw the free weights anew and let the optimizer see nothing else."""
-        self._refuse(strategy)
+        refuse_incompatible(strategy)
         name = self._name(strategy.experience)
         model, forward = strategy.model, self._forward(name)
         layout = find_layout(model, forward, self._example(strategy))
-        self._check_head(model, layout, strategy.experience)
-        alphas, self.task_margin = self._alphas(layout, self.l1), self._margin(len(self._names))
+        check_head(model, layout, strategy.experience)
+        alphas, self.task_margin = alphas_by_layer(layout, self.l1), self._margin(len(self._names))
         if self.finetune is not None and self.finetune.l1 is not None:
-            self._alphas(layout, self.finetune.l1)  # a wrong one is found before training
+            alphas_by_layer(layout, self.finetune.l1)  # a wrong one is found before training
         for l1 in self.checked_too:
-            self._alphas(layout, l1)
+            alphas_by_layer(layout, l1)
         self._refuse_other_model(model)
         if self._network is None or self._network.model is not model:
             self._network = self._build(model, layout, forward, self._example(strategy))
         self._verify()
         if not self._names:
-            _refuse_broken(model)
+            refuse_broken(model)
         self._network.check_layout(layout)
         if self._expand_if_short(layout):
             layout = find_layout(model, forward, self._example(strategy))
@@ -708,7 +706,7 @@ class CLNPPlugin(SupervisedPlugin):
             kept.restore()
         activity = Activity(network.layout)
         with activity.measure(network.model, network.training_view.start):
-            for _ in self._outputs(strategy, self._train_data):
+            for _ in outputs(strategy, self._train_data):
                 pass
         outcome = Outcome(
             list(self.validation_accuracy),
@@ -874,7 +872,7 @@ class CLNPPlugin(SupervisedPlugin):
         network = self.network
         l1 = self.l1 if self.finetune.l1 is None else self.finetune.l1
         self._swap(strategy.optimizer, network.train_units(used))
-        penalty = L1(network.leaves(), self._alphas(network.layout, l1))
+        penalty = L1(network.leaves(), alphas_by_layer(network.layout, l1))
         activity = Activity(network.layout)
         try:
             with network.view(network.training_view):
@@ -882,7 +880,7 @@ class CLNPPlugin(SupervisedPlugin):
                 accuracy = self._accuracy(strategy)
                 start = network.training_view.start
                 with activity.measure(network.model, start, used):
-                    for _ in self._outputs(strategy, self._train_data):
+                    for _ in outputs(strategy, self._train_data):
                         pass
         finally:
             self._release()
@@ -925,12 +923,12 @@ class CLNPPlugin(SupervisedPlugin):
     def before_eval_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse classes for which Avalanche would add outputs to a head that is there to stay."""
         experience = strategy.experience
-        classes = [int(c) for c in getattr(experience, "classes_in_this_experience", None) or []]
+        largest = max(class_labels(experience), default=-1)
         if self._network is None or self._mixed(experience):
             return
-        for path in _growing(strategy.model):
+        for path in growing(strategy.model):
             head = strategy.model.get_submodule(path).classifier
-            if self._names and classes and max(classes) >= head.out_features:
+            if self._names and largest >= head.out_features:
                 raise Incompatible(f"{path!r} {GROWS}")
         name = self._task(experience)
         if name not in self._names and not self._is_in_training(experience):
@@ -938,11 +936,11 @@ class CLNPPlugin(SupervisedPlugin):
         for module in strategy.model.modules():
             if not isinstance(module, MultiHeadClassifier) or str(name) not in module.classifiers:
                 continue
-            outputs = module.classifiers[str(name)].classifier.out_features
-            if classes and max(classes) >= outputs:
+            size = module.classifiers[str(name)].classifier.out_features
+            if largest >= size:
                 raise Incompatible(
-                    f"experience {_position(experience, 0)} of the stream to evaluate has label "
-                    f"{max(classes)}, but the head of task {name} has {outputs} outputs, and "
+                    f"experience {index_in_stream(experience, 0)} of the stream to evaluate has "
+                    f"label {largest}, but the head of task {name} has {size} outputs, and "
                     "Avalanche would add some to it; leave out what the task hasn't been trained on"
                 )
 
@@ -961,7 +959,7 @@ class CLNPPlugin(SupervisedPlugin):
         elif self._names and self._unlearnt(experience):
             if self._eval_index(experience) is None:  # a head that no task has trained
                 strategy.mb_output = self._on_newest(strategy, strategy.mbatch)
-            strategy.mb_output = _widened(strategy.mb_output, experience)
+            strategy.mb_output = widened(strategy.mb_output, experience)
 
     def _eval_index(self, experience: Any) -> int | None:
         """Which learnt task's sub-network an experience runs on; None: the model as it stands."""
@@ -974,11 +972,11 @@ class CLNPPlugin(SupervisedPlugin):
 
     def _task(self, experience: Any) -> Hashable:
         """The name of an experience's task."""
-        labels = _labels(experience)
-        return labels[0] if self._by_label and labels else _position(experience, 0)
+        labels = task_labels(experience)
+        return labels[0] if self._by_label and labels else index_in_stream(experience, 0)
 
     def _mixed(self, experience: Any) -> bool:
-        return bool(self._by_label) and bool(self._names) and len(_labels(experience)) > 1
+        return bool(self._by_label) and bool(self._names) and len(task_labels(experience)) > 1
 
     def _is_in_training(self, experience: Any) -> bool:
         network = self._network
@@ -992,19 +990,19 @@ class CLNPPlugin(SupervisedPlugin):
     def _by_task(self, strategy: Any) -> Tensor:
         """Logits of a batch of several tasks, each sample's by its own task's sub-network."""
         batch = strategy.mbatch
-        outputs: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for label in batch[-1].unique().tolist():
             rows = (batch[-1] == label).nonzero().flatten()
             part = [t[rows] for t in batch]
             if label in self._names:
                 index = self._index(label)
                 with self.network.view(self.network.task_view(index)):
-                    outputs.append((rows, self._predict(strategy, part)))
+                    parts.append((rows, predict(strategy, part)))
             else:
-                outputs.append((rows, self._on_newest(strategy, part)))
-        width = max(logits.shape[1] for _, logits in outputs)
-        joined = outputs[0][1].new_full((len(batch[0]), width), MASKED)
-        for rows, logits in outputs:
+                parts.append((rows, self._on_newest(strategy, part)))
+        width = max(logits.shape[1] for _, logits in parts)
+        joined = parts[0][1].new_full((len(batch[0]), width), MASKED)
+        for rows, logits in parts:
             joined[rows, : logits.shape[1]] = logits
         return joined
 
@@ -1014,86 +1012,13 @@ class CLNPPlugin(SupervisedPlugin):
             torch.full_like(batch[-1], int(str(self._names[-1]))) if self._by_label else batch[-1]
         )
         with self.network.view(self.network.task_view(len(self._names) - 1)):
-            return self._predict(strategy, [*batch[:-1], labels])
-
-    @staticmethod
-    def _predict(strategy: Any, batch: list[Tensor]) -> Tensor:
-        """The strategy's own forward (its precision, its way of calling the model) on a batch."""
-        kept = strategy.mbatch
-        strategy.mbatch = batch
-        try:
-            logits: Tensor = strategy.forward()
-        finally:
-            strategy.mbatch = kept
-        return logits
-
-    @contextmanager
-    def _evaluation(self, strategy: Any, data: Any) -> Iterator[Any]:
-        """The strategy's own evaluation loader over a data set; leaves the strategy as it was."""
-        names = ("adapted_dataset", "dataloader", "mbatch", "mb_output", "is_training")
-        kept = {name: getattr(strategy, name) for name in names}
-        modes = {module: module.training for module in strategy.model.modules()}
-        strategy.adapted_dataset, strategy.is_training = data, False
-        strategy.model.eval()
-        try:
-            strategy.make_eval_dataloader()
-            yield strategy.dataloader
-        finally:
-            for name, value in kept.items():
-                setattr(strategy, name, value)
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _outputs(self, strategy: Any, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels of a data set, batch by batch, in evaluation mode."""
-        with self._evaluation(strategy, data) as loader, torch.no_grad():
-            for strategy.mbatch in loader:
-                strategy._unpack_minibatch()
-                yield strategy.forward(), strategy.mb_y
+            return predict(strategy, [*batch[:-1], labels])
 
     def _accuracy(self, strategy: Any) -> float:
         """Accuracy on the task's validation data."""
-        right = torch.zeros((), dtype=torch.int64, device=strategy.device)
-        for logits, labels in self._outputs(strategy, self._valid_data):
-            right += (logits.argmax(1) == labels).sum()
-        return int(right) / len(self._valid_data)
+        return accuracy(strategy, self._valid_data)
 
     # -- before a task -----------------------------------------------------------------------------
-
-    @staticmethod
-    def _refuse(strategy: Any) -> None:
-        """Refuse what would break the promise, with the reason."""
-        model, optimizer = strategy.model, strategy.optimizer
-        if isinstance(model, DistributedDataParallel):
-            raise Incompatible(
-                "DistributedDataParallel keeps buckets of whole parameters, while CLNP trains "
-                "views of their free rows; train on one device"
-            )
-        if hasattr(model, "_orig_mod"):
-            raise Incompatible(
-                "a model from torch.compile runs code compiled for whole layers, past CLNP's "
-                "views; pass the plain model"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise Incompatible(
-                "LBFGS keeps its own list of parameters and would write into frozen weights; use a "
-                "first-order optimizer (SGD, Adam, AdamW, RMSprop, ...)"
-            )
-        for plugin in strategy.plugins:
-            modules = [kind.__module__ for kind in type(plugin).__mro__]
-            ours = modules[0].startswith("avalanche.") or any(
-                module.startswith("avalanche.training.") for module in modules
-            )
-            if ours and not isinstance(plugin, COMPATIBLE):
-                raise Incompatible(
-                    f"{type(plugin).__name__} trains on or penalises old tasks (replay, "
-                    "distillation, importance of weights), which frozen units make needless, and "
-                    "it keeps references to whole parameters; remove it from the plugins"
-                )
-        if isinstance(strategy.dataloader, ReplayDataLoader):
-            raise Incompatible(
-                "the batches hold replayed data of old tasks; CLNP needs none: use Naive"
-            )
 
     def _refuse_other_model(self, model: nn.Module) -> None:
         """Refuse any model but the one whose units the learnt tasks use."""
@@ -1106,11 +1031,11 @@ class CLNPPlugin(SupervisedPlugin):
 
     def _name(self, experience: Any) -> Hashable:
         """Name the task: by label if the stream's labels are distinct, else by index."""
-        labels = _labels(experience)
+        labels = task_labels(experience)
         if self._by_label is None:
-            self._by_label = _distinct_labels(experience)
+            self._by_label = distinct_labels(experience)
         if not self._by_label:
-            position = _position(experience, len(self._names))
+            position = index_in_stream(experience, len(self._names))
             if position in self._names:
                 raise ValueError(
                     f"experience {position} has been learnt already and its units are frozen; "
@@ -1121,8 +1046,8 @@ class CLNPPlugin(SupervisedPlugin):
             return self._current
         if len(labels) != 1:
             raise ValueError(
-                f"experience {_position(experience, 0)} has task labels {labels}; CLNP learns one "
-                "task at a time"
+                f"experience {index_in_stream(experience, 0)} has task labels {labels}; CLNP "
+                "learns one task at a time"
             )
         if labels[0] in self._names:
             raise ValueError(
@@ -1172,43 +1097,6 @@ class CLNPPlugin(SupervisedPlugin):
         """The batch with which the network has been traced."""
         assert self.example_input is not None
         return self.example_input.to(next(model.parameters()).device)
-
-    @staticmethod
-    def _check_head(model: nn.Module, layout: Layout, experience: Any) -> None:
-        """Refuse labels that the head has no output for."""
-        weight = model.get_submodule(layout.head)._parameters["weight"]
-        assert weight is not None
-        classes = [int(c) for c in getattr(experience, "classes_in_this_experience", [])]
-        if classes and max(classes) >= weight.shape[0]:
-            raise UnsupportedNetwork(
-                f"experience {_position(experience, 0)} has label {max(classes)}, but the head "
-                f"{layout.head!r} has {weight.shape[0]} outputs (labels 0 to "
-                f"{weight.shape[0] - 1}); give it more outputs, or remap the labels of each task"
-            )
-
-    @staticmethod
-    def _alphas(layout: Layout, l1: Alphas) -> dict[str, float]:
-        """Alpha of each layer with a weight matrix."""
-        layers = layout.weights
-        shown = ", ".join(layers)
-        if isinstance(l1, Mapping):
-            head = {layout.head: l1["head"]} if "head" in l1 else {}
-            unknown = [name for name in l1 if name not in (*layers, "head")]
-            if unknown:
-                raise ValueError(f"l1 names the layer {unknown[0]!r}, but the layers are: {shown}")
-            return (
-                dict.fromkeys(layers, 0.0)
-                | {name: alpha for name, alpha in l1.items() if name != "head"}
-                | head
-            )
-        if not isinstance(l1, Sequence):
-            return dict.fromkeys(layers, float(l1))
-        if len(l1) != len(layers):
-            raise ValueError(
-                f"l1 has {len(l1)} values for {len(layers)} layers; in forward order they "
-                f"are: {shown}"
-            )
-        return dict(zip(layers, l1, strict=True))
 
     def _margin(self, index: int) -> float:
         if not isinstance(self.margin, Sequence):
@@ -1287,190 +1175,3 @@ class CLNPPlugin(SupervisedPlugin):
                 "a saved state (load_state_dict)"
             )
         self._checksum = now
-
-
-GROWS = (
-    "is an IncrementalClassifier, which adds and unmasks outputs of learnt tasks as classes come; "
-    "use torch.nn.Linear with an output for each class, or a MultiHeadClassifier"
-)
-"""What is wrong with a single head that Avalanche adapts."""
-
-
-def _growing(model: nn.Module) -> list[str]:
-    """Single heads that Avalanche adapts to each experience, by name."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, IncrementalClassifier) and module._auto_adapt
-    ]
-
-
-MASKED = -1000.0
-"""Logit of classes that a sub-network doesn't have; Avalanche masks with the same value."""
-
-
-def _widened(logits: Tensor, experience: Any) -> Tensor:
-    """Logits with a column for each label of the experience."""
-    classes = [int(c) for c in getattr(experience, "classes_in_this_experience", [])]
-    missing = max(classes, default=0) + 1 - logits.shape[1]
-    return F.pad(logits, (0, missing), value=MASKED) if missing > 0 else logits
-
-
-def _make_heads(model: nn.Module, network: Mapping[str, Any]) -> None:
-    """Give a fresh model the heads of learnt tasks, which Avalanche makes as tasks come.
-
-    Parameters
-    ----------
-    model
-        The model; changed in place where a ``MultiHeadClassifier`` lacks a head, or has one with
-        fewer outputs.
-    network
-        The state of the network that had them.
-    """
-    for path in dict.fromkeys(head["layer"] for head in network["heads"]):
-        for name, container in list(model.named_modules()):
-            prefix = f"{name}.classifiers." if name else "classifiers."
-            if not isinstance(container, MultiHeadClassifier) or not path.startswith(prefix):
-                continue
-            label, outputs = (
-                path.removeprefix(prefix).split(".")[0],
-                len(network["frozen"][f"{path}.weight"]),
-            )
-            device = next(model.parameters()).device
-            if label not in container.classifiers:
-                container.classifiers[label] = IncrementalClassifier(
-                    container.in_features,
-                    container.starting_out_features,
-                    masking=False,
-                    auto_adapt=False,
-                ).to(device)
-            head = container.classifiers[label]
-            if head.classifier.out_features != outputs:
-                head.classifier = nn.Linear(container.in_features, outputs, device=device)
-            mask = f"active_units_T{label}"
-            units = container._buffers.get(mask)
-            # Which of them are masked, the model's own state knows; without it, none.
-            if units is None or len(units) != outputs or not units.any():
-                kind = torch.int8
-                container.register_buffer(mask, torch.ones(outputs, dtype=kind, device=device))
-            for module in model.modules():
-                if isinstance(module, MultiTaskModule):
-                    module.max_class_label = max(module.max_class_label, outputs)
-                    module.known_train_tasks_labels.add(int(label))
-
-
-def _refuse_broken(model: nn.Module) -> None:
-    """Refuse a model whose own first weights, with which the first task begins, are no numbers.
-
-    Raises
-    ------
-    CLNPError
-        If a parameter has NaN or infinity.
-    """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise CLNPError(
-                f"{name} has NaN or infinity before the first task: a training before this one has "
-                "diverged. Build the model anew, and lower the learning rate"
-            )
-
-
-def _shown(value: Any) -> str:
-    """What a value is, in a few words."""
-    shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-    return f"a {type(value).__name__}{shape}"
-
-
-def _labels(experience: Any) -> list[int]:
-    """Distinct task labels of an experience; none where it has none."""
-    labels = getattr(experience, "task_labels", None)
-    return [] if labels is None else sorted({int(label) for label in labels})
-
-
-def _position(experience: Any, fallback: int) -> int:
-    """The experience's index in its stream."""
-    # logging(): an experience in train mode masks its index.
-    shown = experience.logging() if hasattr(experience, "logging") else experience
-    return int(getattr(shown, "current_experience", fallback))
-
-
-def _distinct_labels(experience: Any) -> bool:
-    """Whether each experience of the stream has one label that no other has."""
-    stream = getattr(experience, "origin_stream", None)
-    members = list(stream) if stream is not None else [experience]
-    labels = [_labels(member) for member in members]
-    return all(len(each) == 1 for each in labels) and len({each[0] for each in labels}) == len(
-        labels
-    )
-
-
-def plain(l1: Alphas) -> float | list[float] | dict[str, float]:
-    """Alphas as they can be saved."""
-    if isinstance(l1, Mapping):
-        return dict(l1)
-    return list(l1) if isinstance(l1, Sequence) else l1
-
-
-class CLNP(SupervisedTemplate):
-    """A ready strategy: plain training with a :class:`CLNPPlugin`.
-
-    Parameters
-    ----------
-    model, optimizer, criterion
-        As in every Avalanche strategy.
-    margin, l1, thresholds, valid_stream, example_input, heads, head_bias, seed
-        As in :class:`CLNPPlugin`.
-    keep_epoch, finetune, expand, below_margin
-        As in :class:`CLNPPlugin`.
-    **base
-        What every Avalanche strategy takes: train_mb_size, train_epochs, eval_mb_size, device,
-        plugins, evaluator, eval_every, ...
-
-    Attributes
-    ----------
-    clnp : CLNPPlugin
-        The plugin: ``strategy.clnp.subnetwork(task)``, ``strategy.clnp.capacity()``.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        criterion: Any = None,
-        margin: float | Sequence[float] = 0.0005,
-        l1: Alphas = 1e-5,
-        thresholds: str = "per-layer",
-        valid_stream: Any = None,
-        example_input: Tensor | None = None,
-        heads: str = "auto",
-        head_bias: str = "shared",
-        seed: int = 0,
-        keep_epoch: str = "last",
-        finetune: FineTune | None = None,
-        expand: Mapping[str, tuple[int, int]] | None = None,
-        below_margin: str = "harmless",
-        plugins: Sequence[Any] | None = None,
-        **base: Any,
-    ) -> None:
-        self.clnp = CLNPPlugin(
-            margin,
-            l1,
-            thresholds,
-            valid_stream,
-            example_input,
-            heads,
-            head_bias,
-            seed,
-            keep_epoch,
-            finetune,
-            expand,
-            below_margin,
-        )
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
-            plugins=[*(plugins or []), self.clnp],
-            **base,
-        )

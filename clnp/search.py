@@ -27,9 +27,10 @@ from clnp.arguments import as_numbers, check_alphas
 from clnp.errors import CLNPError, Incompatible
 from clnp.layers import adapter_of
 from clnp.layout import Layout, Runs
-from clnp.plugin import Alphas, CLNPPlugin, Outcome, Scan, plain
+from clnp.plugin import CLNPPlugin, Outcome, Scan
 from clnp.pruning import EPSILON, new_share, sparsest
 from clnp.random_state import random_state, set_random_state
+from clnp.sparsity import Alphas, plain
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,54 @@
 """L1 on the weights in training: what makes a task need few units (paper, Sec. 2.2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from clnp.layout import Layout
+
 CPU_PART, GPU_PART = 2**19, 2**20
 """Entries handled at once: on a CPU their signs stay in the cache (smaller parts cost more in calls
 than they save: reports/trials/pmnist_l1_cost.csv); on a GPU they take 4 MB."""
+
+Alphas = float | Sequence[float] | Mapping[str, float]
+"""alpha: one for all layers, one for each in forward order (the head last), or by name."""
+
+
+def alphas_by_layer(layout: Layout, l1: Alphas) -> dict[str, float]:
+    """Alpha of each layer with a weight matrix.
+
+    Raises
+    ------
+    ValueError
+        If a layer is unknown, or the list has another length than there are layers.
+    """
+    layers = layout.weights
+    shown = ", ".join(layers)
+    if isinstance(l1, Mapping):
+        head = {layout.head: l1["head"]} if "head" in l1 else {}
+        unknown = [name for name in l1 if name not in (*layers, "head")]
+        if unknown:
+            raise ValueError(f"l1 names the layer {unknown[0]!r}, but the layers are: {shown}")
+        return (
+            dict.fromkeys(layers, 0.0)
+            | {name: alpha for name, alpha in l1.items() if name != "head"}
+            | head
+        )
+    if not isinstance(l1, Sequence):
+        return dict.fromkeys(layers, float(l1))
+    if len(l1) != len(layers):
+        raise ValueError(
+            f"l1 has {len(l1)} values for {len(layers)} layers; in forward order they are: {shown}"
+        )
+    return dict(zip(layers, l1, strict=True))
+
+
+def plain(l1: Alphas) -> float | list[float] | dict[str, float]:
+    """Alphas as they can be saved."""
+    if isinstance(l1, Mapping):
+        return dict(l1)
+    return list(l1) if isinstance(l1, Sequence) else l1
 
 
 class L1:
