@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.reporting import claims, figures, load, page, tables
+from benchmarks.reporting import claims, figures, frames, load, page, tables
 
 RECORDS = Path(__file__).parent / "fixtures" / "records"
 TARGETS = load.targets(Path(__file__).parent.parent / "reports" / "targets")
@@ -194,9 +194,9 @@ def test_tasks_that_found_no_room_reproduce_no_accuracy() -> None:
 def test_means_over_some_tasks_say_so_and_are_compared_on_these() -> None:
     mine = [cell("clnp_m2", [*[70.0 + s] * 10, NAN], GROWN, s) for s in range(2)]
     alone = [cell("single_task", [*[71.0 + s] * 10, 20.0], seed=s) for s in range(2)]
-    row = tables.main_frame(mine + alone, {}, ()).set_index("method").loc["clnp_m2"]
+    row = frames.main_frame(mine + alone, {}, ()).set_index("method").loc["clnp_m2"]
     assert tables.ours(row) == "70.50 ± 0.71, over 10 of 11 tasks"
-    frame = tables.comparison_frame(mine + alone, 0.95, WIDE["reference"])
+    frame = frames.comparison_frame(mine + alone, 0.95, WIDE["reference"])
     assert frame.method.tolist() == ["single_task"]
     assert frame.difference.tolist() == [1.0]
     table = tables.comparison_table(mine + alone, WIDE)
@@ -236,7 +236,7 @@ def test_without_records_nothing_is_measured(target: dict[str, Any]) -> None:
 def test_figure_of_final_accuracies_has_the_numbers_and_no_unlearnt_task() -> None:
     cells = [cell("clnp_m2", [*TEN, NAN], seed=s) for s in range(2)]
     cells += [cell("single_task", [70.0 + s] * 11, seed=s) for s in range(2)]
-    frame = tables.final_frame(cells, "test")
+    frame = frames.final_frame(cells, "test")
     mine = frame[frame.method == "clnp_m2"]
     assert mine.task.tolist() == list(range(1, 11))
     alone = frame[frame.method == "single_task"]
@@ -246,7 +246,7 @@ def test_figure_of_final_accuracies_has_the_numbers_and_no_unlearnt_task() -> No
     assert not frame["depleted"].any()
     # A task that one seed lacks is the mean of the others.
     cells[0] = cell("clnp_m2", [*TEN[:9], NAN, NAN])
-    tenth = tables.final_frame(cells, "test").query("method == 'clnp_m2' and task == 10")
+    tenth = frames.final_frame(cells, "test").query("method == 'clnp_m2' and task == 10")
     assert (tenth.accuracy.tolist(), tenth.n.tolist()) == ([75.0], [1])
     picture = figures.final(frame, "fig5a", "caption", "test")
     assert picture.pdf.startswith(b"%PDF")
@@ -255,15 +255,15 @@ def test_figure_of_final_accuracies_has_the_numbers_and_no_unlearnt_task() -> No
 def test_a_task_that_one_seed_lacks_is_the_mean_of_the_others_everywhere() -> None:
     cells = [cell("clnp_m2", [*TEN[:9], NAN, NAN]), cell("clnp_m2", [*TEN, NAN], seed=1)]
     text = tables.per_task_table(cells).text.iloc[0]
-    final = tables.final_frame(cells, "test").set_index("task")["accuracy"]
+    final = frames.final_frame(cells, "test").set_index("task")["accuracy"]
     assert (text["Task 10"], text["Task 11"]) == (f"{final[10]:.2f} (n = 1)", "—")
     assert text["Task 9"] == f"{final[9]:.2f}"
     means = [np.nanmean(one.test[-1]) for one in cells]
     assert text["Mean"] == f"{np.mean(means):.2f}, over 9 of 11 tasks"  # as in the main table
-    matrix = tables.matrix_frame(cells).query("after_task == 11").set_index("on_task")
+    matrix = frames.matrix_frame(cells).query("after_task == 11").set_index("on_task")
     assert matrix["n"].tolist() == [2] * 9 + [1]
     assert matrix["accuracy"].tolist() == final.tolist()
-    lines = tables.over_tasks_frame(cells).query("seed == 'mean'")
+    lines = frames.over_tasks_frame(cells).query("seed == 'mean'")
     assert lines["after_task"].tolist() == list(range(1, 12))
     assert lines["learnt_tasks"].iloc[-1] == pytest.approx(np.mean(means))
 
@@ -271,10 +271,10 @@ def test_a_task_that_one_seed_lacks_is_the_mean_of_the_others_everywhere() -> No
 def test_a_task_that_finds_no_free_unit_is_marked() -> None:
     full = [cell("clnp_m1", SI, FULL, s) for s in range(2)]
     last = {**FULL, "fc": [0.4, 0.7, 0.9, 0.95, 1.0, 1.0]}
-    frame = tables.final_frame(full, "validation")
+    frame = frames.final_frame(full, "validation")
     assert frame["depleted"].tolist() == [0] * 4 + [2] * 2  # full after the fourth task
     whole = figures.final(frame, "fig4a", "", "validation").png
-    frame = tables.final_frame([full[0], cell("clnp_m1", SI, last, 1)], "validation")
+    frame = frames.final_frame([full[0], cell("clnp_m1", SI, last, 1)], "validation")
     assert frame["depleted"].tolist() == [0] * 4 + [1, 2]
     drawn = [
         figures.final(frame.assign(depleted=[*[0] * 4, fifth, 2]), "fig4a", "", "validation").png
@@ -283,7 +283,7 @@ def test_a_task_that_finds_no_free_unit_is_marked() -> None:
     assert len({*drawn}) == 3  # filled, hollow with 1/2 beside it, hollow
     assert drawn[2] == whole
     # Of a single head: the eleventh task could not be learnt, and has no row.
-    rows = tables.final_frame([cell("clnp_m2", [*TEN, NAN], GROWN)], "test")
+    rows = frames.final_frame([cell("clnp_m2", [*TEN, NAN], GROWN)], "test")
     assert rows["depleted"].tolist() == [0] * 10
     assert figures.final(frame.assign(depleted=0), "fig4a", "", "validation").png != whole
 

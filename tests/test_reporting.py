@@ -25,7 +25,7 @@ from scipy import stats as scipy_stats
 
 from benchmarks.errors import UserError
 from benchmarks.records import path_of, read, read_tuning, write, write_tuning
-from benchmarks.reporting import claims, load, page, stats, tables
+from benchmarks.reporting import claims, formats, frames, load, page, stats, tables, text
 from benchmarks.reporting.figures import close_up, line, style
 
 TESTS = Path(__file__).parent
@@ -313,8 +313,8 @@ def test_times_on_different_hardware_are_not_averaged(target: dict[str, Any]) ->
     moved = dataclasses.replace(first, hardware="another, cuda, 1 threads")
     table = tables.main_table([moved, *others], target)
     times = dict(zip(table.text["Method"], table.text["Training"], strict=True))
-    assert times.pop(tables.label(moved.method)) == "—"
-    recorded = {tables.label(cell.method) for cell in others}
+    assert times.pop(load.label(moved.method)) == "—"
+    recorded = {load.label(cell.method) for cell in others}
     assert all(times[name] != "—" for name in recorded & set(times))
     assert "another, cuda, 1 threads" in " ".join(table.notes)
 
@@ -412,7 +412,7 @@ def test_cuts_of_records_from_before_the_epoch_was_told() -> None:
     old = replace(cell, cuts=cell.cuts.assign(epoch=np.nan, epochs=np.nan))
     table = tables.cuts_table([old])
     assert table is not None
-    assert set(table.text["Epoch kept"]) == {tables.NONE}
+    assert set(table.text["Epoch kept"]) == {text.NONE}
 
 
 def test_matrix_and_lines_of_joint_training_have_one_row() -> None:
@@ -420,38 +420,38 @@ def test_matrix_and_lines_of_joint_training_have_one_row() -> None:
     matrix = np.full_like(cell.test, np.nan)
     matrix[-1] = 97.0
     joint = replace(cell, method="joint", test=matrix)
-    assert set(tables.matrix_frame([joint])["after_task"]) == {5}
-    assert list(tables.over_tasks_frame([joint])["after_task"]) == [5, 5]  # the seed and the mean
+    assert set(frames.matrix_frame([joint])["after_task"]) == {5}
+    assert list(frames.over_tasks_frame([joint])["after_task"]) == [5, 5]  # the seed and the mean
 
 
 def test_latex_escapes_and_markdown_keeps_columns() -> None:
-    assert tables.escape_tex("50 % of a_b & c ± {x}") == r"50 \% of a\_b \& c $\pm$ \{x\}"
+    assert formats.escape_tex("50 % of a_b & c ± {x}") == r"50 \% of a\_b \& c $\pm$ \{x\}"
     frame = pd.DataFrame({"Method": ["a|b"], "n": ["1"]})
-    assert tables.markdown(frame).splitlines()[-1] == r"| a\|b | 1 |"
+    assert formats.markdown(frame).splitlines()[-1] == r"| a\|b | 1 |"
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("written", "expected"),
     [
-        (tables.number(-0.001), "0.00"),
-        (tables.number(-1.5, sign=True), "−1.50"),
-        (tables.number(float("nan")), "—"),
-        (tables.magnitude(0.0), "0"),
-        (tables.magnitude(1e-9), "1e-09"),
-        (tables.count(5_592_010), "5.59 M"),
-        (tables.count(999), "999"),
-        (tables.duration(0.5), "30 s"),
-        (tables.duration(90), "90 min"),
-        (tables.duration(240), "4.0 h"),
-        (tables.seed_list([3, 0, 1, 2, 7]), "0–3, 7"),
+        (text.number(-0.001), "0.00"),
+        (text.number(-1.5, sign=True), "−1.50"),
+        (text.number(float("nan")), "—"),
+        (text.magnitude(0.0), "0"),
+        (text.magnitude(1e-9), "1e-09"),
+        (text.count(5_592_010), "5.59 M"),
+        (text.count(999), "999"),
+        (text.duration(0.5), "30 s"),
+        (text.duration(90), "90 min"),
+        (text.duration(240), "4.0 h"),
+        (text.seed_list([3, 0, 1, 2, 7]), "0–3, 7"),
     ],
 )
-def test_text_of_numbers(text: str, expected: str) -> None:
-    assert text == expected
+def test_text_of_numbers(written: str, expected: str) -> None:
+    assert written == expected
 
 
 def test_what_a_layers_units_are_adds_up() -> None:
-    frame = tables.units_frame(cells_of("pmnist"))
+    frame = frames.units_frame(cells_of("pmnist"))
     assert len(frame) == 2 * 10
     assert np.allclose(frame[["reused", "not_reused", "new", "free"]].sum(axis=1), 100)
     rows = [
@@ -468,7 +468,7 @@ def test_what_a_layers_units_are_adds_up() -> None:
 
 
 def test_sufficiency_against_the_records() -> None:
-    frame = tables.sufficiency_frame(cells_of("pmnist"))
+    frame = frames.sufficiency_frame(cells_of("pmnist"))
     assert set(frame["layer"]) == {"fc2"}  # fc1 reads the input
     shares = [
         100 * row["old_only"]
@@ -483,7 +483,7 @@ def test_sufficiency_against_the_records() -> None:
 
 
 def test_ablation_against_the_records() -> None:
-    frame = tables.ablation_frame(cells_of("pmnist"))
+    frame = frames.ablation_frame(cells_of("pmnist"))
     drops = [
         100 * record_of("pmnist", "clnp", seed)["history"][4]["reused_ablation"]["drop"]
         for seed in range(3)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from benchmarks.reporting.frames import by_method
 from benchmarks.reporting.load import Cell, Targets, label
 from benchmarks.reporting.stats import (
     backward_transfer,
@@ -17,15 +18,8 @@ from benchmarks.reporting.stats import (
     paired,
     summarise,
 )
-from benchmarks.reporting.tables import (
-    Table,
-    by_method,
-    magnitude,
-    number,
-    p_value,
-    plus_minus,
-    seed_list,
-)
+from benchmarks.reporting.tables import Table
+from benchmarks.reporting.text import magnitude, number, p_value, plus_minus, seed_list
 
 NOT_MEASURED = "not yet measured"
 

@@ -110,7 +110,7 @@ def use(
     Parameters
     ----------
     frame
-        Rows of one method from `tables.use_frame`.
+        Rows of one method from `frames.use_frame`.
     name, caption
         Of the figure.
     paper
@@ -199,7 +199,7 @@ def units(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> Pictu
     Parameters
     ----------
     frame
-        Rows of one method from `tables.units_frame`.
+        Rows of one method from `frames.units_frame`.
     name, caption
         Of the figure.
     mark
@@ -238,7 +238,7 @@ def sufficiency(frame: pd.DataFrame, name: str, caption: str, mark: str = "") ->
     Parameters
     ----------
     frame
-        Rows of one method from `tables.sufficiency_frame`.
+        Rows of one method from `frames.sufficiency_frame`.
     name, caption
         Of the figure.
     mark
@@ -278,7 +278,7 @@ def ablation(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> Pi
     Parameters
     ----------
     frame
-        Rows of one method from `tables.ablation_frame`.
+        Rows of one method from `frames.ablation_frame`.
     name, caption
         Of the figure.
     mark
@@ -321,7 +321,7 @@ def matrix(
     Parameters
     ----------
     frame
-        From `tables.matrix_frame`.
+        From `frames.matrix_frame`.
     name, caption, title
         Of the figure.
     tasks
@@ -377,7 +377,7 @@ def over_tasks(frame: pd.DataFrame, name: str, caption: str, mark: str = "") -> 
     Parameters
     ----------
     frame
-        From `tables.over_tasks_frame`.
+        From `frames.over_tasks_frame`.
     name, caption
         Of the figure.
     mark
@@ -434,7 +434,7 @@ def final(frame: pd.DataFrame, name: str, caption: str, part: str, mark: str = "
     Parameters
     ----------
     frame
-        From `tables.final_frame`.
+        From `frames.final_frame`.
     name, caption
         Of the figure.
     part

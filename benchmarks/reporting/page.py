@@ -13,10 +13,11 @@ import pandas as pd
 
 from benchmarks.errors import UserError
 from benchmarks.records import Tuning, tuned_method
-from benchmarks.reporting import claims, figures, load, tables
+from benchmarks.reporting import claims, figures, formats, frames, load, tables
 from benchmarks.reporting.figures import Picture
 from benchmarks.reporting.load import Cell, Targets, label
 from benchmarks.reporting.tables import Table
+from benchmarks.reporting.text import NONE
 
 REPORTS = Path(__file__).parents[2] / "reports"
 MARKERS = re.compile(
@@ -103,7 +104,7 @@ def _tables(
         ]
     if tunings:
         tuned = {name for tuning in tunings for name in (tuning["method"], tuned_method(tuning))}
-        untuned = [method for method in tables.by_method(cells) if method not in tuned]
+        untuned = [method for method in frames.by_method(cells) if method not in tuned]
         details.append(tables.tuning_table(tunings, untuned))
     found = (headline, [table for table in details if table is not None])
     headline, shown = (
@@ -123,11 +124,11 @@ def _custom_note(records_dir: Path, experiment: str, cell: load.Cell) -> str:
 
 
 def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
-    groups = tables.by_method(cells)
+    groups = frames.by_method(cells)
     note, mark = tables.seeds_note(cells), (target or {}).get("mark", "")
     pictures = [
         figures.over_tasks(
-            tables.over_tasks_frame(cells),
+            frames.over_tasks_frame(cells),
             "over_tasks",
             f"Test accuracy after each task; lines: means over seeds, points: seeds. {note}",
             mark,
@@ -136,7 +137,7 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
     if of_tasks := (target or {}).get("final"):
         pictures.append(
             figures.final(
-                tables.final_frame(cells, of_tasks["part"]),
+                frames.final_frame(cells, of_tasks["part"]),
                 of_tasks["file"],
                 f"{of_tasks['caption']}; means over seeds and their deviations. Hollow: no "
                 f"unit was free in the last hidden layer when the task came (k/n: at k of n "
@@ -145,7 +146,7 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
                 mark,
             )
         )
-    use = tables.use_frame(cells)
+    use = frames.use_frame(cells)
     paper = (target or {}).get("use", {})
     for method in dict.fromkeys(use["method"]):
         mine = use[use["method"] == method].reset_index(drop=True)
@@ -166,21 +167,21 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
         (
             "units",
             figures.units,
-            tables.units_frame(cells),
+            frames.units_frame(cells),
             "what each hidden layer's units are for each task, mean over seeds. Reused: older "
             "units that the task reads",
         ),
         (
             "sufficiency",
             figures.sufficiency,
-            tables.sufficiency_frame(cells),
+            frames.sufficiency_frame(cells),
             "share of each task's new units that read units of older tasks only, or of the task "
             "only, mean over seeds; layers that read the input are left out",
         ),
         (
             "ablation",
             figures.ablation,
-            tables.ablation_frame(cells),
+            frames.ablation_frame(cells),
             "validation accuracy that each task loses if it can't read the older units that don't "
             "count as reused; m is what its own cut may cost",
         ),
@@ -191,9 +192,9 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
             note = tables.seeds_note(groups[method])
             full = f"{label(method)}: {caption}. {note}"
             pictures.append(draw(mine, f"{name}_{method}", full, mark))
-    frames = {method: tables.matrix_frame(mine) for method, mine in groups.items()}
-    lowest = min(frame["accuracy"].min() for frame in frames.values())
-    for method, frame in frames.items():
+    matrices = {method: frames.matrix_frame(mine) for method, mine in groups.items()}
+    lowest = min(frame["accuracy"].min() for frame in matrices.values())
+    for method, frame in matrices.items():
         pictures.append(
             figures.matrix(
                 frame,
@@ -280,9 +281,9 @@ def _write(folder: Path, part: Section) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for table in (*part.headline, *part.details):
         for suffix, text in (
-            ("md", tables.whole_markdown(table)),
-            ("tex", tables.latex(table)),
-            ("csv", tables.csv(table.numbers)),
+            ("md", formats.whole_markdown(table)),
+            ("tex", formats.latex(table)),
+            ("csv", formats.csv(table.numbers)),
         ):
             path = folder / f"{table.name}.{suffix}"
             path.write_text(text, encoding="utf-8", newline="\n")
@@ -290,13 +291,13 @@ def _write(folder: Path, part: Section) -> None:
         (folder / f"{picture.name}.pdf").write_bytes(picture.pdf)
         (folder / f"{picture.name}.png").write_bytes(picture.png)
         (folder / f"{picture.name}.csv").write_text(
-            tables.csv(picture.numbers), encoding="utf-8", newline="\n"
+            formats.csv(picture.numbers), encoding="utf-8", newline="\n"
         )
 
 
 def _html(sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(tables.TEMPLATES),
+        loader=jinja2.FileSystemLoader(formats.TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -341,7 +342,7 @@ def readme_table(
     table = tables.main_table(cells, beside)
     text = table.text.copy()
     both = text["Trainable"] + " / " + text["Stored"]
-    text["Trainable / stored"] = both.replace(f"{tables.NONE} / {tables.NONE}", tables.NONE)
+    text["Trainable / stored"] = both.replace(f"{NONE} / {NONE}", NONE)
     shown = text[
         [
             column
@@ -352,7 +353,7 @@ def readme_table(
     ]
     paper = beside["table"]["paper"] if beside else {}
     keep = (table.numbers["n"] > 0) | table.numbers["method"].isin(list(paper))
-    return tables.markdown(shown[keep]) + "\n" + _of_what(cells) + "\n"
+    return formats.markdown(shown[keep]) + "\n" + _of_what(cells) + "\n"
 
 
 def _of_what(cells: Sequence[Cell]) -> str:
@@ -381,7 +382,7 @@ def named_table(records_dir: Path, experiment: str, name: str, targets_dir: Path
     table = found[name]
     prose = bool(table.widths)
     note = "\n\n".join(table.notes) if prose else _of_what(cells)
-    return tables.markdown(table.text, prose) + "\n" + note + "\n"
+    return formats.markdown(table.text, prose) + "\n" + note + "\n"
 
 
 def update_readme(path: Path, records_dir: Path, targets_dir: Path = REPORTS / "targets") -> None:
