@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from io import BytesIO
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.data import load
 from benchmarks.errors import UserError, pick
 from benchmarks.experiment import Experiment
 from benchmarks.learners import Learner, LinearDecay, Settings, Setup
-from benchmarks.methods import METHODS, CLNPSettings
+from benchmarks.methods import METHODS, CLNPSettings, SingleTaskSettings
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
 
@@ -192,6 +193,25 @@ def test_learning_rate_is_constant_then_falls_linearly_in_each_task() -> None:
     assert learner.strategy.optimizer.param_groups[0]["lr"] == lr
 
 
+def test_single_task_trains_later_tasks_at_their_own_rate() -> None:
+    experiment = dataclasses.replace(TINY, settings=("single_task.later_lr=0.01",))
+    stream = experiment.scenario(load("digits"), 0).streams["train"]
+    rates = Rates()
+    learner = built("single_task", experiment=experiment, plugins=[rates])
+    learner.train(stream[0])
+    state = copy.deepcopy(learner.state())
+    learner.train(stream[1])
+    steps = len(rates.rates) // 2
+    assert max(rates.rates[:steps]) == METHODS["single_task"].settings_for(TINY).lr == 0.004
+    assert max(rates.rates[steps:]) == 0.01
+
+    goes_on = built("single_task", experiment=experiment)
+    goes_on.restore(state)
+    goes_on.train(stream[1])
+    before, after = (each.plugin.networks[1] for each in (learner, goes_on))  # type: ignore[attr-defined]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 
@@ -209,6 +229,8 @@ def test_learning_rate_is_constant_then_falls_linearly_in_each_task() -> None:
         (CLNPSettings, {"finetune_lr": 0.0}),
         (CLNPSettings, {"finetune_l1": (-1.0,)}),
         (CLNPSettings, {"finetune_iterations": 0}),
+        (SingleTaskSettings, {"later_lr": 0.0}),
+        (SingleTaskSettings, {"later_lr": float("inf")}),
         (Settings, {"lr": 0.0}),
         (Settings, {"epochs": 0}),
         (Settings, {"decay_from": 1.5}),
