@@ -98,6 +98,11 @@ def _checksum(record: Record) -> str:
     return digest({key: value for key, value in record.items() if key != "checksum"})
 
 
+def _refuse(constant: str) -> None:
+    """Refuse NaN and infinities, which aren't JSON, though Python reads them."""
+    raise ValueError(f"it holds {constant}, which is no number")
+
+
 def read(path: Path) -> Record:
     """Return the record in a file.
 
@@ -107,7 +112,7 @@ def read(path: Path) -> Record:
         If the file cannot be read or is no valid record; the message names the file and the fault.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes(), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         wrong: str | None = str(error)
     else:
@@ -218,7 +223,7 @@ def read_tuning(path: Path) -> Tuning:
     """
     wrong = None
     try:
-        result = json.loads(path.read_bytes())
+        result = json.loads(path.read_bytes(), parse_constant=_refuse)
         for key, kind in TUNING.items():
             if not isinstance(result[key], kind):
                 wrong = f"{key!r} is {result[key]!r}"

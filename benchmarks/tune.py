@@ -310,7 +310,8 @@ def _run(cell: Cell, record: records.Record) -> dict[str, Any]:
         "seed": cell.seed,
         "hash": cell.hash,
         "validation": last,
-        "mean": float(np.mean(last)),
+        # A task that found no room has no accuracy, and a mean over fewer tasks can't win.
+        "mean": None if None in last else float(np.mean(last)),
         "seconds": record["seconds"]["train"],
         "environment": record["environment"],
         "git": record["git"],

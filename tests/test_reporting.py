@@ -100,6 +100,15 @@ def test_paired_tests_are_scipys_and_five_seeds_cannot_go_below_a_sixteenth() ->
     assert np.isnan(stats.paired([1.0], [2.0]).p_t)
 
 
+def test_many_seeds_take_a_sample_of_the_permutations() -> None:
+    few, many = np.linspace(0.1, 1.4, 14), np.linspace(-1.5, 1.7, 30)
+    exact = stats.paired(few, np.zeros(14)).p_permutation
+    assert exact == pytest.approx(2.0**-13)
+    result = stats.paired(many, np.zeros(30))  # of 2 ** 30 flips, which nobody would wait for
+    assert result == stats.paired(many, np.zeros(30))
+    assert result.p_permutation == pytest.approx(result.p_t, abs=0.03)
+
+
 def test_holm_leaves_out_what_has_no_test() -> None:
     assert stats.holm([0.01, float("nan"), 0.04]) == pytest.approx(
         [0.02, float("nan"), 0.04], nan_ok=True
@@ -121,6 +130,25 @@ def test_equivalence(values: list[float], small: bool) -> None:
 
 
 # ---------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "Infinity"])
+def test_what_is_no_number_is_refused(wrong: str, tmp_path: Path) -> None:
+    path = put(tmp_path, record_of("pmnist", "clnp", 0))
+    path.write_text(
+        path.read_text().replace('"logit_drift": [\n  0.0', f'"logit_drift": [\n  {wrong}')
+    )
+    with pytest.raises(UserError, match=f"it holds {wrong}, which is no number"):
+        read(path)
+
+
+def test_a_drift_that_was_not_measured_on_an_old_task_is_no_zero(tmp_path: Path) -> None:
+    record = record_of("pmnist", "clnp", 0)
+    tasks = len(record["logit_drift"])
+    for drift, known in (([0.0] * (tasks - 1) + [None], True), ([0.0, None] + [0.0] * 8, False)):
+        (cell,) = [load.decode(record | {"logit_drift": drift})]
+        assert (cell.drift == 0) is known
+        assert np.isnan(cell.drift) is not known
 
 
 def test_damaged_record_is_named_and_left_out(tmp_path: Path) -> None:
@@ -257,7 +285,20 @@ def test_seeds_with_different_settings_are_remarked(tmp_path: Path) -> None:
     put(tmp_path, first)
     put(tmp_path, second)
     _, notes = load.cells(tmp_path, "pmnist", paper=True)
-    assert any("different settings" in note for note in notes)
+    assert any("different settings: revision" in note for note in notes)
+
+
+def test_a_setting_younger_than_a_record_had_its_default_there(tmp_path: Path) -> None:
+    first, second = record_of("pmnist", "clnp", 0), record_of("pmnist", "clnp", 1)
+    first["config"]["method"].pop("thresholds", None)
+    second["config"]["method"]["thresholds"] = "per-layer"
+    put(tmp_path, first)
+    put(tmp_path, second)
+    assert load.cells(tmp_path, "pmnist", paper=True)[1] == []
+    second["config"]["method"]["thresholds"] = "shared"
+    put(tmp_path, second)
+    _, notes = load.cells(tmp_path, "pmnist", paper=True)
+    assert notes == ["The seeds of CLNP ran with different settings: method.thresholds."]
 
 
 def test_streams_of_different_lengths_are_never_averaged(tmp_path: Path) -> None:
@@ -516,6 +557,19 @@ def test_records_from_before_the_diagnoses_still_give_a_report(built: Path) -> N
     assert (old / "use_clnp.png").exists()
 
 
+def test_a_figure_counts_the_seeds_that_it_shows(target: dict[str, Any], tmp_path: Path) -> None:
+    for seed in range(3):
+        record = record_of("pmnist", "clnp", seed)
+        if seed == 0:
+            for entry in record["history"]:
+                del entry["reused_ablation"]
+        put(tmp_path, record)
+    pictures = page.section(tmp_path, "pmnist", target, TUNING).pictures
+    captions = {picture.name: picture.caption for picture in pictures}
+    assert captions["ablation_clnp"].endswith("n = 2 (seeds 1–2).")
+    assert captions["sufficiency_clnp"].endswith("n = 3 (seeds 0–2).")
+
+
 # ---------------------------------------------------------------- claims
 
 
@@ -538,7 +592,7 @@ def with_accuracy(method: str, values: list[float]) -> list[load.Cell]:
         ([98.41, 98.42, 98.44], [98.44, 98.46, 98.47], "reproduced"),
         ([98.41, 98.42, 98.44], [98.80, 98.81, 98.83], "partly"),
         ([97.0, 97.1, 97.2], [98.5, 98.4, 98.5], "not reproduced"),
-        ([98.0, 98.4, 98.8], [98.0, 98.4, 98.8], "partly"),  # the mean fits, not shown by TOST
+        ([98.0, 98.4, 98.8], [98.6, 98.2, 98.4], "not shown"),  # the mean fits, but not by TOST
         ([98.42], [98.45], "consistent (n = 1)"),
         ([98.42], [98.80], "partly consistent (n = 1)"),
         ([97.0], [98.45], "not consistent (n = 1)"),
@@ -549,6 +603,18 @@ def test_t1(target: dict[str, Any], ours: list[float], single: list[float], word
     result = verdict("T1", target, cells)
     assert result.word == word
     assert f"n = {len(ours)}" in result.evidence
+
+
+def test_the_evidence_says_what_each_part_comes_to(target: dict[str, Any]) -> None:
+    cells = with_accuracy("clnp", [98.0, 98.4, 98.8]) + with_accuracy("single_task", [99.0] * 3)
+    close, alike = verdict("T1", target, cells).evidence.split("). ")[:2]
+    assert close.startswith("CLNP, mean test accuracy")
+    assert alike.startswith("Holds, not shown. CLNP − Single task")
+    assert verdict("T1", target, cells).evidence.endswith("). Fails.")
+    cells = with_accuracy("clnp", [98.42] * 2) + with_accuracy("single_task", [98.45] * 2)
+    assert verdict("T1", target, cells).evidence.count("Shown.") == 2
+    one = [cell for cell in cells if cell.seed == 0]
+    assert verdict("T1", target, one).evidence.count("Holds.") == 2
 
 
 def test_order_needs_every_method(target: dict[str, Any]) -> None:
@@ -596,6 +662,15 @@ def test_fewer_tasks_measure_nothing_of_figure_3(target: dict[str, Any]) -> None
     cell = next(cell for cell in cells_of("quickstart") if cell.method == "clnp")
     assert verdict("F3-first", target, [cell]).word == "not yet measured"
     assert verdict("P-25", target, [cell]).word == "not yet measured"
+
+
+def test_tasks_that_found_no_room_leave_nothing_of_figure_3(target: dict[str, Any]) -> None:
+    cell = next(cell for cell in cells_of("pmnist") if cell.method == "clnp")
+    full = replace(cell, capacity=cell.capacity[cell.capacity["task"] < 8])
+    for claim in ("F3-first", "F3-second"):
+        result = verdict(claim, target, [full, replace(full, seed=7)])
+        assert result.word == "not reproduced"
+        assert "has learnt 8 of 10 tasks" in result.evidence
 
 
 def test_zero_means_exactly_zero(target: dict[str, Any]) -> None:
@@ -687,6 +762,11 @@ def test_tuning_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for part in ("ewc.json comes from uncommitted", "hat.json holds ewc", "lwf.json is damaged"):
         assert any(part in note for note in notes)
     assert any("si.json is not finished" in note for note in notes)
+    (folder / "earlier").mkdir()
+    (folder / "earlier" / "ewc.json").write_text("{")
+    tunings, notes = load.tunings(tmp_path, "pmnist")
+    assert [tuning["earlier"] for tuning in tunings] == [[]]
+    assert any("earlier/ewc.json is damaged" in note for note in notes)
     assert str(tmp_path) not in "".join(notes)
 
 

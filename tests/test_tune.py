@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,6 +254,16 @@ def test_a_candidate_that_diverges_counts_and_never_wins(
 
     with_grid(monkeypatch, PullSettings(lr=1e38))
     assert tuned(tmp_path / "alone")[1]["winner"] is None
+
+
+def test_a_task_that_found_no_room_has_no_mean() -> None:
+    cell: Any = SimpleNamespace(seed=100, hash="ab")
+    matrix = [[0.5, None], [0.5, None]]
+    record: dict[str, Any] = {"accuracy": {"validation": matrix}, "seconds": {"train": 1.0}}
+    record |= {"environment": {}, "git": {}}
+    assert tune._run(cell, record)["mean"] is None
+    record["accuracy"]["validation"][-1] = [0.5, 0.75]
+    assert tune._run(cell, record)["mean"] == 0.625
 
 
 def test_a_failed_candidate_leaves_the_others_and_no_winner(

@@ -32,10 +32,10 @@ class Verdict:
     text: str
     place: str
     word: str
-    """reproduced, partly, not reproduced, not yet measured; with one seed consistent (n = 1),
-    partly consistent (n = 1) or not consistent (n = 1)."""
+    """reproduced, partly, not shown, not reproduced, not yet measured; with one seed consistent
+    (n = 1), partly consistent (n = 1) or not consistent (n = 1)."""
     evidence: str
-    """The numbers that the word rests on, and n."""
+    """The numbers that the word rests on, n, and what each part of the claim comes to."""
     reading: str
     """When the claim counts as reproduced."""
 
@@ -50,6 +50,15 @@ class Part:
     shown: bool
     """And this is more than chance, as far as n allows to say (TOST or an interval)."""
     evidence: str
+
+    @property
+    def state(self) -> str:
+        """What the part comes to, in a word or two; one seed shows nothing."""
+        if not self.holds:
+            return "Fails"
+        if self.n == 1:
+            return "Holds"
+        return "Shown" if self.shown else "Holds, not shown"
 
 
 class Missing(Exception):
@@ -84,7 +93,8 @@ def verdict(claim: Targets, target: Targets, cells: Sequence[Cell]) -> Verdict:
             parts = check(claim, target, cells)
         except Unlearnt as unlearnt:
             parts = [unlearnt.part]
-        word, evidence = judge(parts), " ".join(part.evidence for part in parts)
+        word = judge(parts)
+        evidence = " ".join(f"{part.evidence} {part.state}." for part in parts)
     except Missing as missing:
         word, evidence = NOT_MEASURED, str(missing)
     return Verdict(
@@ -95,19 +105,20 @@ def verdict(claim: Targets, target: Targets, cells: Sequence[Cell]) -> Verdict:
 def judge(parts: Sequence[Part]) -> str:
     """Return the word for a claim of several parts.
 
-    With two seeds or more a part counts fully only if it is *shown*; a part whose mean lies where
-    the claim says, without being shown, makes the claim "partly" at best. With one seed nothing
-    is ever "reproduced".
+    With two seeds or more a part counts only if it is *shown*: where some mean lies where the claim
+    says, but no part is shown, the claim isn't either. With one seed nothing is ever "reproduced".
     """
+    holding = [part.holds for part in parts]
     if min(part.n for part in parts) == 1:
-        fully = [part.holds for part in parts]
-        words = ("consistent (n = 1)", "partly consistent (n = 1)", "not consistent (n = 1)")
-    else:
-        fully = [part.shown and part.holds for part in parts]
-        words = ("reproduced", "partly", "not reproduced")
-    if all(fully):
-        return words[0]
-    return words[1] if any(part.holds for part in parts) else words[2]
+        if all(holding):
+            return "consistent (n = 1)"
+        return "partly consistent (n = 1)" if any(holding) else "not consistent (n = 1)"
+    shown = [part.shown and part.holds for part in parts]
+    if all(shown):
+        return "reproduced"
+    if any(shown):
+        return "partly"
+    return "not shown" if any(holding) else "not reproduced"
 
 
 def _cells(cells: Sequence[Cell], method: str) -> list[Cell]:
@@ -244,8 +255,12 @@ def _use(claim: Targets, target: Targets, cells: Sequence[Cell]) -> tuple[str, p
             raise Missing(f"{cell.name} has no hidden layer {claim['layer'] + 1}.")
         name = layers[claim["layer"]]
         of_layer = cell.capacity[cell.capacity["layer"] == name].sort_values("task")
+        if len(cell.test) != target["tasks"]:
+            raise Missing(f"{cell.name} has {len(cell.test)} of {target['tasks']} tasks.")
         if len(of_layer) != target["tasks"]:
-            raise Missing(f"{cell.name} has {len(of_layer)} of {target['tasks']} tasks.")
+            raise Unlearnt(
+                mine, f"{cell.name} has learnt {len(of_layer)} of {target['tasks']} tasks."
+            )
         rows[cell.seed] = [100 * share for share in of_layer["used_fraction"]]
     return str(name), pd.DataFrame.from_dict(rows, orient="index")
 
@@ -618,6 +633,7 @@ def claims_table(target: Targets, cells: Sequence[Cell]) -> Table:
 
 CLAIM_NOTES = (
     "Reproduced: shown in every part, from two seeds on (accuracies and shares: TOST with the "
-    "margin of the targets file; others: the whole interval). Partly: some part lies where the "
-    "claim says, not all shown. One seed can only be consistent or not.",
+    "margin of the targets file; others: the whole interval). Partly: shown in some part. Not "
+    "shown: the mean of some part lies where the claim says, but may do so by chance. Not "
+    "reproduced: none does. One seed can only be consistent or not.",
 )

@@ -7,7 +7,8 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pandas as pd
 
 from benchmarks.errors import UserError
 from benchmarks.experiment import canonical
-from benchmarks.records import Tuning, read, read_tuning
+from benchmarks.methods import METHODS as REGISTRY
+from benchmarks.records import Tuning, disagreements, read, read_tuning
 
 METHODS = {
     "single_task": "Single task",
@@ -92,7 +94,7 @@ class Cell:
     search: pd.DataFrame
     """All candidates of grid searches, as in `clnp.search`; no rows without a search."""
     drift: float
-    """Largest logit drift over the tasks; NaN if none was measured."""
+    """Largest logit drift over the tasks; NaN if it was not measured on each old one."""
     trainable: int
     stored: int
     task_id: bool
@@ -120,7 +122,7 @@ def decode(record: dict[str, Any]) -> Cell:
     KeyError, TypeError, ValueError
         If a field lacks what tables need.
     """
-    drift = [value for value in record["logit_drift"] if value is not None]
+    test = 100 * np.array(record["accuracy"]["test"], dtype=np.float64)
     environment = record["environment"]
     columns = ["task", "layer", "used", "new", "reused", "free", "used_fraction"]
     reads = ["task", "layer", "new", "old_only", "new_only"]
@@ -134,7 +136,7 @@ def decode(record: dict[str, Any]) -> Cell:
         method=record["method"],
         seed=record["seed"],
         hash=record["hash"],
-        test=100 * np.array(record["accuracy"]["test"], dtype=np.float64),
+        test=test,
         validation=100 * np.array(record["accuracy"]["validation"], dtype=np.float64),
         cuts=pd.DataFrame(
             [
@@ -159,7 +161,7 @@ def decode(record: dict[str, Any]) -> Cell:
         ).astype({"old_only": float, "new_only": float}),
         ablation=pd.DataFrame(ablated, columns=["task", *ablation]),
         search=pd.DataFrame([{c: row[c] for c in SEARCH} for row in record.get("search", [])]),
-        drift=float(max(drift)) if drift else float("nan"),
+        drift=_largest(record["logit_drift"], test),
         trainable=int(record["parameters"]["trainable"]),
         stored=int(record["parameters"]["stored"]),
         task_id=record["task_id_at_test"],
@@ -175,6 +177,15 @@ def decode(record: dict[str, Any]) -> Cell:
         dirty=bool(record["git"]["dirty"]),
         settings=canonical(record["config"]),
     )
+
+
+def _largest(drift: Sequence[float | None], test: npt.NDArray[np.float64]) -> float:
+    """Return the largest drift; NaN if there is none, or none of a task that was learnt before."""
+    tasks = list(zip(drift, np.isfinite(np.diag(test)), strict=True))
+    known = [value for value, _ in tasks if value is not None]
+    if not known or any(value is None and learnt for value, learnt in tasks[:-1]):
+        return float("nan")
+    return float(max(known))
 
 
 def changes(cell: Cell, preset: Cell) -> dict[str, Any]:
@@ -314,12 +325,29 @@ def below_margin(cell: Cell) -> pd.Series[bool]:
     return cell.cuts["living"] < cell.cuts["best"] - margin(cell) - ROUNDING
 
 
+def _differences(one: Cell, other: Cell) -> set[str]:
+    """Return the names of the settings in which two cells of a method differ.
+
+    A setting that is younger than one of the records had its default there.
+    """
+    first, second = (json.loads(cell.settings) for cell in (one, other))
+    if one.method in REGISTRY:
+        kind = type(next(iter(REGISTRY[one.method].settings.values())))
+        default = json.loads(canonical({field.name: field.default for field in fields(kind)}))
+        first, second = ({**part, "method": default | part["method"]} for part in (first, second))
+    return {text.partition(":")[0] for text in disagreements(first, second)}
+
+
 def _remarks(kept: Sequence[Cell]) -> list[str]:
     notes = []
     for method in dict.fromkeys(cell.method for cell in kept):
         mine = [cell for cell in kept if cell.method == method]
-        if len({cell.settings for cell in mine}) > 1:
-            notes.append(f"The seeds of {label(method)} ran with different settings or code.")
+        if wrong := sorted(
+            {text for pair in combinations(mine, 2) for text in _differences(*pair)}
+        ):
+            notes.append(
+                f"The seeds of {label(method)} ran with different settings: {', '.join(wrong)}."
+            )
     for cell in kept:
         missing = [str(task + 1) for task in np.flatnonzero(np.isnan(cell.test[-1]))]
         if missing:
@@ -392,8 +420,13 @@ def tunings(tuning_dir: Path, experiment: str) -> tuple[list[Tuning], list[str]]
         elif result["winner"] is None:
             notes.append(f"Not used: tuning {where} is not finished.")
         else:
-            before = folder / "earlier" / path.name
-            earlier = [read_tuning(before)] if before.exists() else []
+            earlier, before = [], folder / "earlier" / path.name
+            if before.exists():
+                try:
+                    earlier.append(read_tuning(before))
+                except UserError as error:
+                    there = before.relative_to(tuning_dir).as_posix()
+                    notes.append(f"Not used: {error}".replace(str(before), there))
             found.append(result | {"earlier": earlier})
             if result["dirty"]:
                 notes.append(f"Tuning {where} comes from uncommitted code (git.dirty).")

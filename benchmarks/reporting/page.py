@@ -163,10 +163,11 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
                 mark,
             )
         )
-    diagnoses: tuple[tuple[str, Callable[..., Picture], pd.DataFrame, str], ...] = (
+    diagnoses: tuple[tuple[str, Callable[..., Picture], str, pd.DataFrame, str], ...] = (
         (
             "units",
             figures.units,
+            "capacity",
             frames.units_frame(cells),
             "what each hidden layer's units are for each task, mean over seeds. Reused: older "
             "units that the task reads",
@@ -174,6 +175,7 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
         (
             "sufficiency",
             figures.sufficiency,
+            "sufficiency",
             frames.sufficiency_frame(cells),
             "share of each task's new units that read units of older tasks only, or of the task "
             "only, mean over seeds; layers that read the input are left out",
@@ -181,15 +183,17 @@ def _pictures(cells: Sequence[Cell], target: Targets | None) -> list[Picture]:
         (
             "ablation",
             figures.ablation,
+            "ablation",
             frames.ablation_frame(cells),
             "validation accuracy that each task loses if it can't read the older units that don't "
             "count as reused; m is what its own cut may cost",
         ),
     )
-    for name, draw, whole, caption in diagnoses:
+    for name, draw, part, whole, caption in diagnoses:
         for method in dict.fromkeys(whole["method"]):
             mine = whole[whole["method"] == method].reset_index(drop=True)
-            note = tables.seeds_note(groups[method])
+            # Older records don't tell all of it.
+            note = tables.seeds_note([cell for cell in groups[method] if len(getattr(cell, part))])
             full = f"{label(method)}: {caption}. {note}"
             pictures.append(draw(mine, f"{name}_{method}", full, mark))
     matrices = {method: frames.matrix_frame(mine) for method, mine in groups.items()}

@@ -128,11 +128,12 @@ def main_table(
     notes = [
         "Ours: mean ± sample deviation over seeds; one seed: n = 1, no deviation, no interval.",
         "BWT: backward transfer in points, mean change of a task's accuracy from just after "
-        "learning it to the end. Logit drift: largest change of any old task's logits. Task id: "
+        "learning it to the end. Logit drift: largest change of an old task's logits, on the first "
+        "batch of its test images, in any task and seed. Task id: "
         "needed at test. Trainable: numbers in the network. Stored: numbers needed to go on "
         "after all tasks: weights, importances, contexts, masks, images in a memory; without "
         f"the optimizer's. Training: time of one seed, {hardware(cells)}. Tried: configurations "
-        "compared on validation data to choose the method's settings; a dash: not tuned.",
+        "compared on validation data by the method's grid; a dash: it has none.",
         seeds_note(cells),
     ]
     if target:
@@ -419,7 +420,8 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
         "Mean accuracy over the tasks after the last one on held-out validation data, mean over "
         "the seeds; no test data were loaded, and no table uses these seeds. The best one wins "
         "(the first of equals), and its settings are the method's. Training: time of one seed. "
-        "n: seeds; where there are fewer than in the budget, the others diverged.",
+        "n: seeds; where there are fewer than in the budget, the others diverged or left a task "
+        "unlearnt, or the grid changed before they ran.",
         *(
             f"{label(tuning['method'])} keeps the settings that its paper prints, whatever wins; "
             f"the winner's are those of the method {label(tuned_method(tuning))}."
@@ -432,8 +434,9 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
         notes.append(
             f"Budget: {'; '.join(told)}. A grid has up to 4 configurations, over the first 3 "
             "tasks; over all tasks where 3 can't tell, since penalties stiffen, or units or a "
-            "memory run out, with the number of tasks. A method that is named more than once has "
-            "had an earlier grid as well, so that more of it was tried than of the others."
+            "memory run out, with the number of tasks. A method with more of them, or that is "
+            "named more than once, has had an earlier grid as well, so that more of it was tried "
+            "than of the others."
         )
     return Table(
         name="tuning",
