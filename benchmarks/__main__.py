@@ -284,11 +284,15 @@ def experiment_of(options: Run) -> Experiment:
         overrides["pool"] = options.pool
     if options.epochs is not None:
         overrides["method_epochs"] = False
+        own = [text for text in options.settings if text.partition("=")[0].endswith(".epochs")]
+        if own:
+            raise UserError(f"Give --epochs or --set {own[0]}, not both.")
     return preset(**overrides, settings=options.settings)
 
 
 def run(options: Run) -> int:
     """Run a grid of cells, rebuild the report and print its main table."""
+    from benchmarks.records import check_writable
     from benchmarks.reporting import load, page
     from benchmarks.runner import Places, plan, run_grid
 
@@ -298,8 +302,10 @@ def run(options: Run) -> int:
     seeds: Sequence[int] = options.seeds or experiment.seeds
     if options.n_seeds is not None:
         seeds = range(options.n_seeds)
+    grid = plan(experiment, options.methods or experiment.methods, seeds)
+    check_writable(options.out_dir)
     code = run_grid(
-        plan(experiment, options.methods or experiment.methods, seeds),
+        grid,
         Places(options.records_dir, work.runs_dir, work.data_dir),
         work.own_device,
         options.wandb,

@@ -138,6 +138,12 @@ def run_on_ray(book: Book, parallel: Parallel, view: View, stop: Stop) -> None:
                 claims.close()
 
 
+def _cores() -> int:
+    """Return how many cores this process may use: a batch system or taskset may allow it few."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 @contextmanager
 def connected(parallel: Parallel) -> Iterator[Any]:
     """Connect to a Ray cluster, or start one of this machine, and leave it again.
@@ -164,7 +170,7 @@ def connected(parallel: Parallel) -> Iterator[Any]:
         where: dict[str, Any] = {"address": parallel.address}
         if parallel.address is None:
             # "local": a new one, even beside another that runs on this machine.
-            local = {"num_cpus": os.cpu_count(), "_node_ip_address": "127.0.0.1"}
+            local = {"num_cpus": _cores(), "_node_ip_address": "127.0.0.1"}
             where = {"address": "local", **local}
         try:
             ray.init(
@@ -175,10 +181,12 @@ def connected(parallel: Parallel) -> Iterator[Any]:
             )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
-            what = "Ray cannot be started"
-            if parallel.address is not None:
-                what = f"No Ray cluster at --ray-address {parallel.address}"
-            raise UserError(f"{what}: {reason}") from error
+            if parallel.address is None:
+                raise UserError(f"Ray cannot be started: {reason}") from error
+            raise UserError(
+                f"No Ray cluster at --ray-address {parallel.address}: {reason} (If it asks for a "
+                "token: RAY_AUTH_MODE=token and the same ~/.ray/auth_token on every machine.)"
+            ) from error
     try:
         yield ray
     finally:

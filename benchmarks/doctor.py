@@ -114,7 +114,9 @@ def kept(
             continue
         experiment = preset()
         cell = Cell(experiment, method, record["seed"], fingerprint(experiment.dataset))
-        if cell.hash == record["hash"]:
+        if experiment.preset not in method.settings:
+            wrong = [f"{method.name} has no settings there"]
+        elif cell.hash == record["hash"]:
             wrong = records.disagreements(record["config"], cell.config)
         else:
             wrong = ["today's settings, data or revision give it another hash"]

@@ -282,6 +282,8 @@ class SingleTaskSettings(Settings):
         super().__post_init__()
         rate = self.later_lr
         require(rate is None or rate > 0, "later_lr", rate, "positive")
+        # The next task's network is another.
+        require(self.reset_optimizer, "reset_optimizer", False, "True for networks of their own")
 
 
 class SingleTaskLearner(Learner):
@@ -441,7 +443,9 @@ def _joint(setup: Setup, settings: JointSettings) -> Learner:
         first, others = settings.per_task
         per_task = [first] + [others] * (tasks - 1)
     plugin = JointPlugin(setup.scenario.streams["train"][:tasks])
-    strategy = setup.strategy(settings, [plugin], model=model, together=tasks, per_task=per_task)
+    # With milestones the linear decay doesn't count.
+    common = dataclasses.replace(settings, decay_from=1.0) if settings.milestones else settings
+    strategy = setup.strategy(common, [plugin], model=model, together=tasks, per_task=per_task)
     if settings.milestones:
         schedule = MultiStepLR(strategy.optimizer, list(settings.milestones), settings.gamma)
         strategy.plugins.append(LRSchedulerPlugin(schedule))
@@ -763,6 +767,11 @@ class Method(Generic[S]):
             if pick("method", method, METHODS) == self.name:
                 pick(f"setting of {method}", name, (f.name for f in dataclasses.fields(settings)))
                 settings = _change(settings, name, value)
+        if getattr(settings, "parts", False) and not self.told_task(experiment):
+            raise UserError(
+                f"{self.name}.parts picks outputs by the task of an image, and on "
+                f"{experiment.preset} {self.name} is not told the task."
+            )
         return settings
 
 

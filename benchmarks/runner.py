@@ -57,6 +57,13 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
         return {"commit": None, "dirty": True}
 
 
+def doubt(git: dict[str, Any]) -> str:
+    """Say why it isn't known of what code a result is, given `git_state` with ``dirty``."""
+    if git["commit"] is None:
+        return "No commit is known (git is missing, or this is no checkout of ours)"
+    return "The code has uncommitted changes"
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; ``auto`` is the first GPU if there is one, else the CPU.
 
@@ -68,10 +75,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name} holds no numbers: name a CPU or a GPU.")
+    return device
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,8 @@ def plan(experiment: Experiment, methods: Sequence[str], seeds: Sequence[int]) -
             raise UserError(f"The {kind} {twice[0]} is given twice.")
     if min(seeds) < 0:
         raise UserError(f"The seed {min(seeds)} is negative.")
+    if max(seeds) >= 2**63:
+        raise UserError(f"The seed {str(max(seeds))[:20]}… is too large: it must be below 2^63.")
     grid = [
         Cell(experiment, METHODS[pick("method", method, METHODS)], seed, fingerprint="")
         for method in methods
@@ -198,7 +210,7 @@ def run_grid(
         f"{experiment.name}: {len(grid)} cells, {len(grid) - len(todo)} of them recorded already."
     )
     if git["dirty"]:
-        print("The code has uncommitted changes: these records will fill no table of the paper.")
+        print(f"{doubt(git)}: these records will fill no table of the paper.")
 
     def already(cell: Cell) -> bool:
         if force:

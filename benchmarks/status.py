@@ -100,7 +100,11 @@ def _progress(events: Sequence[dict[str, Any]], now: float) -> str:
     last, tasks = epochs[-1], started["tasks"]
     done = last["task"] + (last["epoch"] + 1) / last["epochs"]
     text = f", task {last['task'] + 1}/{tasks} epoch {last['epoch'] + 1}/{last['epochs']}"
-    pace = (last["time"] - started["time"]) / (done - started["learnt"])
+    # Where it began: within a task if it went on there; joint training begins with the last task.
+    begin = epochs[0]["task"] + (started.get("epoch") or 0) / last["epochs"]
+    if done <= begin:  # another candidate of a search
+        return text
+    pace = (last["time"] - started["time"]) / (done - begin)
     end = max(last["time"] + pace * (tasks - done), now)
     return f"{text}, expected end {time.strftime('%d %b %H:%M', time.localtime(end))}"
 

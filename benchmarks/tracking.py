@@ -173,8 +173,8 @@ class Log:
 
 
 def logged_in() -> bool:
-    """Return whether this machine can log on to W&B: by WANDB_API_KEY or a netrc entry."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Return whether this machine can log on to W&B: by a variable's key or a netrc entry."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     try:
@@ -213,6 +213,10 @@ class Mirror:
         self.mode: Any = mode
         if mode == "auto":
             self.mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        if self.mode == "online" and not Mirror.unreachable and not logged_in():
+            # In a terminal W&B would ask who we are, and wait for an answer for ever.
+            Mirror.unreachable = True
+            print("Not logged in to W&B (wandb login): runs are kept on disk.", file=sys.stderr)
         if self.mode == "online" and Mirror.unreachable:
             self.mode = "offline"
         self._run: Any = None

@@ -26,7 +26,7 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.process import tune as tune_process
 from benchmarks.records import Tuning
 from benchmarks.resume import SAVE_EVERY
-from benchmarks.runner import Work, git_state, run_cells, write_at_last
+from benchmarks.runner import Work, doubt, git_state, run_cells, write_at_last
 from benchmarks.states import sweep
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _run_missing(
         f"{len(account.seeds)} seeds, {len(todo)} of {len(account.cells)} runs to do."
     )
     if git["dirty"]:
-        print("The code has uncommitted changes; the result will say so.")
+        print(f"{doubt(git)}; the result will say so.")
     todo.sort(key=lambda cell: (cell.seed, cell.first_hash))
     work = Work(folder, git, share_first=True, save_every=save_every)
     if parallel is not None:

@@ -104,6 +104,7 @@ def test_n_seeds_counts_from_zero(run: Call, tmp_path: Path) -> None:
         (["--methods", "clnp", "clnp"], "method clnp is given twice"),
         (["--seeds", "0", "1", "0"], "seed 0 is given twice"),
         (["--seeds", "-1"], "-1"),
+        (["--seeds", "9" * 300], "99999… is too large"),
         (["--seeds", "0", "--n-seeds", "2"], "not both"),
         (["--n-seeds", "0"], "No seed"),
         (["--tasks", "0"], "tasks"),
@@ -113,6 +114,12 @@ def test_n_seeds_counts_from_zero(run: Call, tmp_path: Path) -> None:
         (["--methods", "finetune", "--set", "clnp.margin=0.1"], "not run"),
         (["--device", "cuda:77"], "--device cuda:77"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta holds no numbers"),
+        (["--methods", "joint", "--set", "joint.parts=True"], "joint is not told the task"),
+        (
+            ["--methods", "single_task", "--set", "single_task.reset_optimizer=False"],
+            "reset_optimizer is False; it must be True",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -145,7 +152,7 @@ def test_typos_in_options_get_a_suggestion(
         assert "--seeds" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("folder", ["records", "runs"])
+@pytest.mark.parametrize("folder", ["records", "runs", "out"])
 def test_folders_that_cannot_be_written_are_told_before_training(
     folder: str,
     run: Call,
@@ -460,7 +467,10 @@ def test_only_code_and_constraints_make_a_tree_dirty(
 
 
 def test_outside_of_git_nobody_knows_what_ran(tmp_path: Path) -> None:
-    assert runner.git_state(tmp_path) == {"commit": None, "dirty": True}
+    state = runner.git_state(tmp_path)
+    assert state == {"commit": None, "dirty": True}
+    assert runner.doubt(state).startswith("No commit is known")
+    assert runner.doubt(state | {"commit": "ab"}) == "The code has uncommitted changes"
 
 
 def test_methods_of_the_presets_exist() -> None:
@@ -492,6 +502,10 @@ def test_options_reach_the_fields_of_the_experiment() -> None:
         ({"experiment": "split_cifar", "validation": 1.0}, "below 1"),
         ({"experiment": "pmnist", "augment": True}, "--augment is for split CIFAR"),
         ({"experiment": "split_cifar_wide", "pool": 3}, "it is for the narrow network"),
+        (
+            {"experiment": "pmnist", "epochs": 1, "settings": ("finetune.epochs=7",)},
+            "Give --epochs or --set finetune.epochs=7, not both",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], says: str) -> None:

@@ -289,6 +289,14 @@ def test_cores_and_gpus_are_shared_among_the_cells_at_once(
     assert needs.options == {"num_cpus": cpus, "num_gpus": gpus}
 
 
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    assert cluster._cores() == 1
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert cluster._cores() == 1
+
+
 def test_a_process_runs_one_cell_where_its_gpu_could_change() -> None:
     assert resources(Has(16, 2), Parallel(), 5).calls == 1
     assert resources(Has(8, 1, machines=3), Parallel(), 5).calls == 0

@@ -127,6 +127,16 @@ def test_expected_end_is_by_the_pace_since_the_start() -> None:
     # Half a task in 100 s, so 2.5 tasks more take 500 s.
     end = time.strftime("%d %b %H:%M", time.localtime(1600))
     assert status._progress([start, epoch], 0) == f", task 2/4 epoch 5/10, expected end {end}"
+    # It went on after the second epoch: three in 100 s, so 25 more take 833 s.
+    again = start | {"epoch": 2}
+    end = time.strftime("%d %b %H:%M", time.localtime(1100 + 2500 / 3))
+    assert status._progress([again, epoch], 0).endswith(end)
+    # Joint training begins with the last task: half of it in 100 s.
+    last = epoch | {"task": 3}
+    end = time.strftime("%d %b %H:%M", time.localtime(1200))
+    assert status._progress([start | {"learnt": 0}, last], 0).endswith(end)
+    # Another candidate of a search is at its beginning.
+    assert status._progress([again, epoch, epoch | {"epoch": 0}], 0) == ", task 2/4 epoch 1/10"
     assert status._progress([start], 0) == ", no epoch yet"
     assert status._progress([], 0) == ", no epoch yet"
 
@@ -224,6 +234,9 @@ def test_records_are_held_to_todays_meaning(
     changed = dataclasses.replace(METHODS["finetune"], settings={"quickstart": Settings(lr=0.1)})
     monkeypatch.setitem(METHODS, "finetune", changed)
     assert "another hash" in findings()[0].text
+    without = dataclasses.replace(METHODS["finetune"], settings={"pmnist": Settings()})
+    monkeypatch.setitem(METHODS, "finetune", without)
+    assert "has no settings there" in findings()[0].text
     path.write_text("{")
     assert "damaged" in findings()[0].text
 

@@ -270,9 +270,26 @@ def test_auto_is_online_only_when_logged_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(Mirror, "unreachable", False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Mirror(tmp_path, mode).mode == expected
+
+
+@pytest.mark.parametrize("environment", [{}, {"WANDB_MODE": "online"}])
+def test_online_without_a_login_waits_for_nobody(
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(Mirror, "unreachable", False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    mode: Any = "auto" if environment else "online"
+    assert [Mirror(tmp_path, mode).mode for _ in range(2)] == ["offline"] * 2
+    assert capsys.readouterr().err.count("Not logged in to W&B") == 1
 
 
 def test_a_netrc_entry_is_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
