@@ -113,7 +113,7 @@ def _narrow_head(network: PartitionedNetwork, view: View, module: nn.Module) -> 
         put(wide, runs(columns, head.start, view.stop, view.start, view.stop), weight, 1)
         tensors["weight"] = wide
     if head.bias is not None or not head.use_bias:
-        tensors["bias"] = head.bias
+        tensors["bias"] = None if head.bias is None else head.bias.to(weight.device)
     _fill(module, tensors, weight.shape[0])
 
 

@@ -1,6 +1,6 @@
 """What of Avalanche and torch goes with CLNP; what would break its promise is refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,12 @@ def refuse_incompatible(strategy: Any) -> None:
             "DistributedDataParallel keeps buckets of whole parameters, while CLNP trains "
             "views of their free rows; train on one device"
         )
-    if hasattr(model, "_orig_mod"):
-        raise Incompatible(
-            "a model from torch.compile runs code compiled for whole layers, past CLNP's "
-            "views; pass the plain model"
-        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise Incompatible(
+                f"{repr(name) if name else 'the model'} comes from torch.compile and runs code "
+                "compiled for whole layers, past CLNP's views; pass the plain model"
+            )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise Incompatible(
             "LBFGS keeps its own list of parameters and would write into frozen weights; use a "
@@ -112,44 +113,80 @@ def growing(model: nn.Module) -> list[str]:
     ]
 
 
-def make_heads(model: nn.Module, network: Mapping[str, Any]) -> None:
-    """Give a fresh model the heads of learnt tasks, which Avalanche makes as tasks come.
+def heads_of(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """What heads Avalanche has made, learnt or only evaluated.
+
+    Returns
+    -------
+    dict
+        By each ``MultiHeadClassifier``'s name and the task's label: outputs, and the length of the
+        mask of active ones.
+    """
+    return {
+        name: {
+            label: [head.classifier.out_features, len(container._buffers[_mask(label)])]
+            for label, head in container.classifiers.items()
+        }
+        for name, container in model.named_modules()
+        if isinstance(container, MultiHeadClassifier)
+    }
+
+
+def make_heads(
+    model: nn.Module, network: Mapping[str, Any], heads: Mapping[str, Mapping[str, Sequence[int]]]
+) -> None:
+    """Give a fresh model the heads of another, which Avalanche makes as tasks come.
 
     Parameters
     ----------
     model
         The model; changed in place where a ``MultiHeadClassifier`` lacks a head, or has one with
-        fewer outputs.
+        another number of outputs.
     network
-        The state of the network that had them.
+        The state of the network that had those of learnt tasks.
+    heads
+        What :func:`heads_of` gave of the model; empty in states that don't tell.
     """
-    for path in dict.fromkeys(head["layer"] for head in network["heads"]):
-        for name, container in list(model.named_modules()):
-            prefix = f"{name}.classifiers." if name else "classifiers."
-            if not isinstance(container, MultiHeadClassifier) or not path.startswith(prefix):
-                continue
-            label, outputs = (
-                path.removeprefix(prefix).split(".")[0],
-                len(network["frozen"][f"{path}.weight"]),
-            )
-            device = next(model.parameters()).device
-            if label not in container.classifiers:
-                container.classifiers[label] = IncrementalClassifier(
-                    container.in_features,
-                    container.starting_out_features,
-                    masking=False,
-                    auto_adapt=False,
-                ).to(device)
-            head = container.classifiers[label]
-            if head.classifier.out_features != outputs:
-                head.classifier = nn.Linear(container.in_features, outputs, device=device)
-            mask = f"active_units_T{label}"
-            units = container._buffers.get(mask)
-            # Which of them are masked, the model's own state knows; without it, none.
-            if units is None or len(units) != outputs or not units.any():
-                kind = torch.int8
-                container.register_buffer(mask, torch.ones(outputs, dtype=kind, device=device))
+    containers = [(n, m) for n, m in model.named_modules() if isinstance(m, MultiHeadClassifier)]
+    for name, container in containers:
+        wanted = {label: tuple(sizes) for label, sizes in heads.get(name, {}).items()}
+        prefix = f"{name}.classifiers." if name else "classifiers."
+        learnt = set()
+        for path in dict.fromkeys(head["layer"] for head in network["heads"]):
+            if path.startswith(prefix):
+                label = path.removeprefix(prefix).split(".")[0]
+                learnt.add(label)
+                outputs = len(network["frozen"][f"{path}.weight"])
+                wanted.setdefault(label, (outputs, outputs))
+        for label, (outputs, mask) in wanted.items():
+            _make_head(model, container, label, outputs, mask)
             for module in model.modules():
                 if isinstance(module, MultiTaskModule):
                     module.max_class_label = max(module.max_class_label, outputs)
-                    module.known_train_tasks_labels.add(int(label))
+                    if label in learnt:
+                        module.known_train_tasks_labels.add(int(label))
+
+
+def _make_head(
+    model: nn.Module, container: MultiHeadClassifier, label: str, outputs: int, mask: int
+) -> None:
+    device = next(model.parameters()).device
+    if label not in container.classifiers:
+        container.classifiers[label] = IncrementalClassifier(
+            container.in_features,
+            container.starting_out_features,
+            masking=False,
+            auto_adapt=False,
+        ).to(device)
+    head = container.classifiers[label]
+    if head.classifier.out_features != outputs:
+        head.classifier = nn.Linear(container.in_features, outputs, device=device)
+    units = container._buffers.get(_mask(label))
+    # Which of them are masked, the model's own state knows; without it, none.
+    if units is None or len(units) != mask or not units.any():
+        container.register_buffer(_mask(label), torch.ones(mask, dtype=torch.int8, device=device))
+
+
+def _mask(label: str) -> str:
+    """Avalanche's name for the buffer that says which outputs of a head are in use."""
+    return f"active_units_T{label}"

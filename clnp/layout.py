@@ -161,9 +161,15 @@ class Layout:
         """The last hidden group that the head reads."""
         return next(g for g in reversed(self.groups) if g.name in self.ends)
 
-    def runs(self, spans: Sequence[Span], low: Mapping[str, int], high: Mapping[str, int]) -> Runs:
+    def runs(
+        self,
+        spans: Sequence[Span],
+        low: Mapping[str, int],
+        high: Mapping[str, int],
+        inputs: bool = True,
+    ) -> Runs:
         """The channels of units [low:high) of each group, in a tensor that holds all units."""
-        return runs(spans, low, high, dict.fromkeys(self.widths, 0), self.widths)
+        return runs(spans, low, high, dict.fromkeys(self.widths, 0), self.widths, inputs)
 
     def core(self) -> object:
         """The layout without its head, to compare networks that differ in the head alone."""
@@ -196,6 +202,7 @@ def runs(
     high: Mapping[str, int],
     held_low: Mapping[str, int],
     held_high: Mapping[str, int],
+    inputs: bool = True,
 ) -> Runs:
     """Where a tensor has the channels of units [low:high) of each group.
 
@@ -207,17 +214,19 @@ def runs(
         The units asked for, by group.
     held_low, held_high
         The units that the tensor holds, by group.
+    inputs
+        Whether channels of the network's input, which belong to no unit, are among them.
 
     Returns
     -------
     tuple of slice
-        Channels of the network's input are always among them. Runs that touch are one.
+        Runs that touch are one.
     """
     found: list[slice] = []
     position = 0
     for span in spans:
         if span.group is None:
-            begin, end, held = 0, span.width, span.width
+            begin, end, held = 0, span.width if inputs else 0, span.width
         else:
             base = held_low[span.group]
             begin = (low[span.group] - base) * span.block

@@ -332,7 +332,9 @@ class PartitionedNetwork:
             self.layout.runs(columns, head.start, view.stop),
         )
         if head.bias is not None or not head.use_bias:
-            stored["bias"] = head.bias
+            # A task's own bias is no part of the model, which may have moved to another device.
+            device = module.get_parameter("weight").device
+            stored["bias"] = None if head.bias is None else head.bias.to(device)
         seen = None  # what it reads of x; all of it, unless older units are there too
         if any(head.start[group] > view.start[group] for group in self.layout.ends):
             seen = runs(columns, head.start, view.stop, view.start, view.stop)

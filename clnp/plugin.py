@@ -30,6 +30,7 @@ from clnp.compatible import (
     GROWS,
     check_head,
     growing,
+    heads_of,
     make_heads,
     refuse_broken,
     refuse_incompatible,
@@ -475,7 +476,7 @@ class CLNPPlugin(SupervisedPlugin):
         To stop after any task and go on in a new process, bit for bit as if nothing had happened,
         save this and ``model.state_dict()``. There, build model, strategy and plugin as before,
         then load *this first* (it widens layers and makes the heads of Avalanche's
-        ``MultiHeadClassifier``, as far as the saved experiment had), the model's own second.
+        ``MultiHeadClassifier`` that the saved model had), the model's own second.
         The plugin's draws depend on its ``seed`` alone; the order of the data, dropout, and the
         first weights of heads that Avalanche makes for new tasks come from torch's global
         generator: seed it before each task, or save ``torch.get_rng_state()`` too. The optimizer
@@ -500,6 +501,7 @@ class CLNPPlugin(SupervisedPlugin):
             "l1": plain(self.l1) if self.candidates else None,
             "example": self.example_input,
             "widened_by": dict(self._widened_by),
+            "avalanche_heads": heads_of(network.model),
             "network": network.state_dict(),
         }
 
@@ -525,8 +527,10 @@ class CLNPPlugin(SupervisedPlugin):
                 f"{shown(state)} is no state of a CLNPPlugin; load what plugin.state_dict() gave, "
                 "and the model's own state into the model"
             )
+        if self._network is not None and self._network.model is model:
+            self._abandon()
         names = list(state["names"])
-        make_heads(model, state["network"])
+        make_heads(model, state["network"], state.get("avalanche_heads", {}))
         self._by_label = state["by_label"]
         self.example_input = state["example"]
         example = self._kept_example(model)
@@ -994,7 +998,10 @@ class CLNPPlugin(SupervisedPlugin):
         for label in batch[-1].unique().tolist():
             rows = (batch[-1] == label).nonzero().flatten()
             part = [t[rows] for t in batch]
-            if label in self._names:
+            if self.network.in_training and label == self._current:
+                with self.network.view(self.network.training_view):
+                    parts.append((rows, predict(strategy, part)))
+            elif label in self._names:
                 index = self._index(label)
                 with self.network.view(self.network.task_view(index)):
                     parts.append((rows, predict(strategy, part)))
@@ -1100,12 +1107,12 @@ class CLNPPlugin(SupervisedPlugin):
 
     def _margin(self, index: int) -> float:
         if not isinstance(self.margin, Sequence):
-            return self.margin
+            return float(self.margin)
         if index >= len(self.margin):
             raise ValueError(
                 f"margin has {len(self.margin)} values, and none for task {index} (counted from 0)"
             )
-        return self.margin[index]
+        return float(self.margin[index])
 
     # -- the optimizer -----------------------------------------------------------------------------
 
@@ -1128,7 +1135,8 @@ class CLNPPlugin(SupervisedPlugin):
             self._network.end_task()
         if self._optimizer is not None:
             optimizer, kept = self._optimizer
-            for group, originals in zip(optimizer.param_groups, kept, strict=True):
+            # Groups that another plugin has added meanwhile stay as they are.
+            for group, originals in zip(optimizer.param_groups, kept, strict=False):
                 for leaf in group["params"]:
                     optimizer.state.pop(leaf, None)
                 group["params"] = originals

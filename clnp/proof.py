@@ -53,7 +53,8 @@ def prove(
         How the network is called.
     example : (N, ...)
         A batch of inputs; noise of the shape of a few of them is used, since what holds for an
-        empty image needn't hold for others.
+        empty image needn't hold for others. Where the network can't take noise (whole numbers, a
+        logarithm), it is their own entries in random order.
     single_head
         Whether all tasks share the head.
 
@@ -68,9 +69,24 @@ def prove(
         # torch.manual_seed would seed the GPUs' generators as well, for good.
         torch.default_generator.manual_seed(0)
         for _ in range(DRAWS):
-            x = torch.randn(example[:8].shape).to(example)
+            x = _noise(model, forward, example)
             _prove_permutations(model, layout, forward, x)
             _prove_prefixes(model, layout, forward, x, single_head)
+
+
+def _noise(model: nn.Module, forward: Forward, example: Tensor) -> Tensor:
+    """Random inputs that the network takes."""
+    some = example[:8]
+    if some.is_floating_point():
+        noise = torch.randn(some.shape).to(some)
+        try:
+            taken = bool(torch.isfinite(forward(model, noise)).all())
+        except Exception:  # whatever the user's own forward asks of its input
+            taken = False
+        if taken:
+            return noise
+    places = torch.randint(example.numel(), some.shape)
+    return example.flatten()[places.to(example.device)]
 
 
 def _without_tf32() -> AbstractContextManager[None]:
@@ -220,7 +236,8 @@ def _masked(network: PartitionedNetwork, task: int, forward: Forward, x: Tensor)
     weight = modules[layout.head]._parameters["weight"]
     assert weight is not None
     start = network.heads[task].start
-    for run in layout.runs(layout.columns[layout.head], dict.fromkeys(start, 0), start):
+    older = layout.runs(layout.columns[layout.head], dict.fromkeys(start, 0), start, inputs=False)
+    for run in older:
         weight[:, run] = 0.0
     return forward(model, x)
 
@@ -238,7 +255,7 @@ def _write_free_entries(network: PartitionedNetwork, used: dict[str, int]) -> No
                 free = layout.runs(layout.rows[name], used, layout.widths)
                 entries = pieces(tensor, free)
             elif key == "weight":
-                free = layout.runs(layout.columns[name], used, layout.widths)
+                free = layout.runs(layout.columns[name], used, layout.widths, inputs=False)
                 entries = pieces(tensor, free, 1)
             else:
                 continue

@@ -8,7 +8,7 @@ learnt, as if it alone had been trained.
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import torch
 from avalanche.training.plugins import LRSchedulerPlugin
 from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from clnp.arguments import as_numbers, check_alphas
 from clnp.errors import CLNPError, Incompatible
@@ -157,8 +158,10 @@ def search(
         If an alpha or a learning rate is no number.
     ValueError
         If the grid is empty, or one is out of its range.
+        If there are several experiences.
     Incompatible
-        If the strategy has no CLNP plugin or can't be copied.
+        If the strategy has no CLNP plugin or can't be copied, or if a schedule sets rates that
+        don't start from the optimizer's and learning rates are to be tried.
     CLNPError
         If all candidates diverged.
 
@@ -171,7 +174,7 @@ def search(
     Loggers see no candidate's epochs, and the strategy's other plugins see the training of the
     experience once, with no epochs in it: what they gather in epochs stays in the copies. A
     learning rate reaches schedules through the optimizer and through Avalanche's
-    ``LRSchedulerPlugin``.
+    ``LRSchedulerPlugin``: it is that from which they start (``initial_lr``), warm-ups too.
 
     Examples
     --------
@@ -181,7 +184,10 @@ def search(
     ...     strategy.train(experience)
     """
     plugin = plugin_of(strategy)
+    experience = _one(experience)
     grid = _grid(l1, lr)
+    if lr is not None:
+        _check_schedules(strategy)
     plugin.before_training(strategy)  # an interrupted task can't be copied
     own_l1, own_rates = plugin.l1, _rates(strategy)
     # The first task starts from the user's own weights; later ones are drawn anew in any case.
@@ -210,7 +216,8 @@ def search(
         plugin.decide = None
     if not go_on:
         plugin.l1 = own_l1
-    if lr is not None:
+    if lr is not None and not (go_on and _schedules(strategy)):
+        # Plugins that lower the rate by themselves have put back the one that they found.
         _restore_rates(own_rates)
         if go_on:
             set_rate(strategy, next(row["lr"] for row in rows if row["chosen"]))
@@ -247,14 +254,48 @@ def set_rate(strategy: Any, lr: float) -> None:
         Of the first group of parameters; the others keep their ratios to it.
     """
     groups = strategy.optimizer.param_groups
-    first = float(groups[0]["lr"])
-    for group in groups:
-        now = float(group["lr"])
-        _set(group, "lr", lr if now == first else now * (lr / first))
+    own = [_own_rate(group) for group in groups]
+    if own[0] == 0:
+        raise Incompatible(
+            "the optimizer's first group of parameters has a learning rate of 0, and the others "
+            "keep their ratios to it; put another group first"
+        )
+    asked = [lr if rate == own[0] else rate * (lr / own[0]) for rate in own]
+    for group, before, after in zip(groups, own, asked, strict=True):
+        now = float(group["lr"])  # a schedule may have changed it, as in a warm-up
+        _set(group, "lr", after if now == before else now * (lr / own[0]))
         if "initial_lr" in group:
-            _set(group, "initial_lr", float(group["lr"]))
+            _set(group, "initial_lr", after)
     for schedule in _schedules(strategy):
-        schedule.base_lrs = [float(group["lr"]) for group in groups]
+        if hasattr(schedule, "base_lrs"):
+            schedule.base_lrs = list(asked)
+
+
+def _own_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group of parameters, whatever a schedule makes of it now."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _one(experience: Any) -> Any:
+    """The experience, alone or in a list."""
+    if not isinstance(experience, Iterable):
+        return experience
+    several = list(experience)
+    if len(several) != 1:
+        raise ValueError(
+            f"search learns one experience, and this holds {len(several)}; call it for each: "
+            "for experience in stream: search(strategy, experience, ...)"
+        )
+    return several[0]
+
+
+def _check_schedules(strategy: Any) -> None:
+    for schedule in _schedules(strategy):
+        if isinstance(schedule, OneCycleLR | CyclicLR):
+            raise Incompatible(
+                f"{type(schedule).__name__} sets rates of its own, whatever the optimizer's, so "
+                "that no grid of learning rates reaches them; give l1 alone, or another schedule"
+            )
 
 
 def _rates(strategy: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -283,7 +324,9 @@ def _set(group: dict[str, Any], key: str, value: Any) -> None:
 def _schedules(strategy: Any) -> list[Any]:
     """The schedulers in Avalanche's own plugins, and those that they are made of."""
     found = [p.scheduler for p in strategy.plugins if isinstance(p, LRSchedulerPlugin)]
-    return found + [part for whole in found for part in getattr(whole, "_schedulers", ())]
+    for whole in found:  # parts may have parts: the list grows
+        found += getattr(whole, "_schedulers", ())
+    return found
 
 
 def _grid(l1: Sequence[Alphas] | None, lr: Sequence[float] | None) -> list[Candidate]:
@@ -317,7 +360,8 @@ def _copied(strategy: Any, experience: Any) -> Any:
         ) from error
     for schedule in _schedules(copied):
         # Its check of the order of calls asks for a wrapper of `step`, which a copy doesn't have.
-        schedule._step_count = max(2, schedule._step_count)
+        if hasattr(schedule, "_step_count"):
+            schedule._step_count = max(2, schedule._step_count)
     return copied
 
 
@@ -415,7 +459,7 @@ def _choose(
     rows
         Gets a row a candidate; the task's name isn't in it yet.
     """
-    own_rate = float(strategy.optimizer.param_groups[0]["lr"])
+    own_rate = _own_rate(strategy.optimizer.param_groups[0])
     plugin.end_without_outcome()
     outcomes = [trial.outcome for trial in trials if trial.outcome is not None]
     if not outcomes:
@@ -438,13 +482,15 @@ def _choose(
         values = {
             "candidate": candidate.index,
             "l1": plain(plugin.l1 if candidate.l1 is None else candidate.l1),
-            "lr": own_rate if candidate.lr is None else candidate.lr,
+            "lr": own_rate if candidate.lr is None else float(candidate.lr),
             "chosen": candidate.index == chosen,
         }
         rows.append(_row(its, each, plugin.network.frontier, bound) | values)
     l1 = grid[chosen].l1
     plugin.l1 = plugin.l1 if l1 is None else l1
     # What follows (fine-tuning, other plugins, evaluation) finds what the training left.
+    if (rate := grid[chosen].lr) is not None:
+        set_rate(strategy, rate)  # where schedules start
     for group, value in zip(strategy.optimizer.param_groups, trial.rates, strict=True):
         _set(group, "lr", value)
     if trial.order is not None:

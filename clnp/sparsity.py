@@ -45,10 +45,10 @@ def alphas_by_layer(layout: Layout, l1: Alphas) -> dict[str, float]:
 
 
 def plain(l1: Alphas) -> float | list[float] | dict[str, float]:
-    """Alphas as they can be saved."""
+    """Alphas as they can be saved: Python's own numbers, not NumPy's."""
     if isinstance(l1, Mapping):
-        return dict(l1)
-    return list(l1) if isinstance(l1, Sequence) else l1
+        return {name: float(alpha) for name, alpha in l1.items()}
+    return [float(alpha) for alpha in l1] if isinstance(l1, Sequence) else float(l1)
 
 
 class L1:

@@ -8,12 +8,15 @@ group norm mixes channels, a unit is as many channels as it mixes.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch_pruning.dependency import graph as walk
 
 from clnp.errors import UnsupportedNetwork
 from clnp.layers import CONV, Adapter, adapter_of, is_layer
@@ -49,6 +52,12 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
             "old-style norms and masks of weights (torch.nn.utils.weight_norm, .prune)"
         ) from error
     names = {module: name for name, module in traced.named_modules()}
+    for module, name in names.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedNetwork(
+                f"layer {name!r} is scripted, and CLNP changes what a layer computes; keep it as "
+                "a plain module"
+            )
     order, output = _called_layers(traced, names, forward, example)
     _refuse_uses_elsewhere(traced, order, output)
     _refuse_states(model, forward, example)
@@ -72,7 +81,8 @@ def find_layout(model: nn.Module, forward: Forward, example: Tensor) -> Layout:
         graph = tp.DependencyGraph().build_dependency(
             traced, example, forward_fn=forward, verbose=False
         )
-        roots = _roots(graph, traced, names, adapters, mixers)
+        with _ending(graph, traced):
+            roots = _roots(graph, traced, names, adapters, mixers)
         for node in graph.module2node.values():
             # The graph is one big cycle, which would keep the copy of the network for long.
             for others in (node.inputs, node.outputs, node.dependencies):
@@ -267,6 +277,29 @@ def _roots(
                 f"torch-pruning sees two different groups of units that start at {name!r}"
             )
     return found
+
+
+@contextmanager
+def _ending(graph: tp.DependencyGraph, model: nn.Module) -> Iterator[None]:
+    """End torch-pruning's walks where they would go round for ever, to units that aren't there."""
+    most = 100 + 10 * len(graph.module2node)
+    largest = sum(sum(parameter.shape[:2]) for parameter in model.parameters())
+
+    class Group(walk.Group):
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            if len(self._group) > most or any(index.idx >= largest for index in idxs):
+                raise UnsupportedNetwork(
+                    "torch-pruning finds no end of what hangs on a layer's units: an operation "
+                    "shifts them or makes each depend on its neighbours (circular padding of a "
+                    "Conv1d, LocalResponseNorm), which is not supported"
+                )
+            super().add_dep(dep, idxs)
+
+    kept, walk.Group = walk.Group, Group
+    try:
+        yield
+    finally:
+        walk.Group = kept
 
 
 def _mixes(module: nn.Module) -> bool:

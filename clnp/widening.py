@@ -123,7 +123,7 @@ def widen(
     modules = {name: model.get_submodule(name) for name in layout.order}
     if used and any(used.values()):
         sever(modules, wide, used)
-    new = wide.runs(wide.columns[wide.head], layout.widths, wide.widths)
+    new = wide.runs(wide.columns[wide.head], layout.widths, wide.widths, inputs=False)
     for name in learnt:
         weight = model.get_submodule(name)._parameters["weight"]
         assert weight is not None

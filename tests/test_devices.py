@@ -57,6 +57,16 @@ def test_views_and_activity_keep_to_the_models_device(
             assert logits.shape == (5, 3)
 
 
+def test_a_tasks_own_bias_follows_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    layout = find_layout(model, lambda m, x: m(x), torch.randn(2, 4))
+    network = PartitionedNetwork(model, layout, single_head=True, head_bias="per-task")
+    network.learn({"0": 3})
+    model.to("meta")  # as far from a CPU as a GPU is
+    logits = network.subnetwork(0, lambda m, x: m(x))(torch.empty(2, 4, device="meta"))
+    assert logits.device.type == "meta"
+
+
 def test_the_check_itself_can_fail() -> None:
     with FakeTensorMode(), pytest.raises(RuntimeError, match="device"):
         network_of("cuda")(torch.randn(5, 1, 8, 8))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import (
@@ -67,6 +68,13 @@ class Locked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x)  # type: ignore[no-any-return]
+
+
+def compiled() -> nn.Module:
+    """A model of which a part is compiled in place."""
+    model = mlp()
+    model[1].compile()
+    return model
 
 
 CLASSES = 3
@@ -234,7 +242,7 @@ def assert_no_interference(plugin: CLNPPlugin) -> None:
         used = network.partition.after(task)
         for name in readers - {layout.head}:
             weight = network.modules[name].weight
-            later = layout.runs(layout.columns[name], used, layout.widths)
+            later = layout.runs(layout.columns[name], used, layout.widths, inputs=False)
             for rows in pieces(weight, layout.runs(layout.rows[name], nothing, used)):
                 assert not any(columns.any() for columns in pieces(rows, later, 1))
 
@@ -455,6 +463,49 @@ def test_a_batch_of_mixed_labels_is_split() -> None:
             assert torch.equal(outputs[0][rows][:, :CLASSES], expected)
 
 
+def test_a_batch_of_mixed_labels_sees_the_task_in_training() -> None:
+    bench, outputs = benchmark(tasks=2), {}
+    x, y = blobs(1, 12, (FEATURES,))
+    labels = [0, 1] * 6
+    mixed = TaskAwareSupervisedClassificationDataset(
+        [TensorDataset(x, y)],
+        data_attributes=[
+            DataAttribute(y.tolist(), "targets"),
+            DataAttribute(labels, "targets_task_labels", use_in_getitem=True),
+        ],
+    )
+    alone = TaskAwareSupervisedClassificationDataset(
+        [TensorDataset(x[1::2], y[1::2])],
+        data_attributes=[
+            DataAttribute(y[1::2].tolist(), "targets"),
+            DataAttribute([1] * 6, "targets_task_labels", use_in_getitem=True),
+        ],
+    )
+    streams = with_classes_timeline(
+        with_task_labels(benchmark_from_datasets(mixed=[mixed], alone=[alone]))
+    ).streams
+
+    class Watch(SupervisedPlugin):  # type: ignore[misc]
+        def after_eval_iteration(self, strategy: Any, **_: Any) -> None:
+            outputs[len(set(strategy.experience.task_labels))] = strategy.mb_output
+
+    plugin = CLNPPlugin(margin=0.1, l1=1e-3)
+    trainer = strategy(mlp(), plugin, Watch(), eval_every=1)
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    both = [streams["mixed"], streams["alone"]]
+    kinds: list[tuple[Tensor, Tensor]] = []
+
+    class Compare(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            kinds.append((outputs[2], outputs[1]))
+
+    trainer.plugins.append(Compare())
+    trainer.train(bench.train_stream[1], eval_streams=both)
+    assert len(kinds) == 3
+    for together, by_itself in kinds:
+        assert torch.allclose(together[1::2, :CLASSES], by_itself, atol=1e-5)
+
+
 def test_tasks_are_named_by_distinct_labels_else_by_index() -> None:
     named = benchmark(tasks=2, labels=lambda task: 7 - task)
     plugin = CLNPPlugin(margin=0.1)
@@ -533,6 +584,45 @@ def test_interruption_leaves_learnt_tasks_whole() -> None:
     assert plugin.tasks == [0, 1]
     assert {name: p.shape for name, p in model.named_parameters()} == shapes
     assert torch.equal(plugin.subnetwork(0)(x), logits)
+
+
+def test_a_saved_state_is_the_way_back_from_an_interruption() -> None:
+    bench = benchmark(tasks=2)
+
+    class Stop(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_epoch(self, strategy: Any, **_: Any) -> None:
+            if plugin.tasks:
+                raise KeyboardInterrupt
+
+    plugin, model = CLNPPlugin(margin=0.1, l1=1e-3), mlp()
+    trainer = strategy(model, plugin, Stop())
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    state, weights = copy.deepcopy(plugin.state_dict()), copy.deepcopy(model.state_dict())
+    x = blobs(0, 9, (FEATURES,))[0]
+    logits = plugin.subnetwork(0)(x)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(bench.train_stream[1], eval_streams=[])
+    with pytest.warns(UserWarning, match="task 1 was interrupted"):
+        plugin.load_state_dict(state, model)
+    model.load_state_dict(weights)
+    assert torch.equal(plugin.subnetwork(0)(x), logits)
+    assert plugin.state_dict()["names"] == [0]
+
+
+def test_a_group_that_another_plugin_adds_stays() -> None:
+    extra = nn.Parameter(torch.zeros(3))
+
+    class Add(SupervisedPlugin):  # type: ignore[misc]
+        def before_training_exp(self, strategy: Any, **_: Any) -> None:
+            strategy.optimizer.add_param_group({"params": [extra]})
+
+    plugin, model = CLNPPlugin(margin=0.1, l1=1e-3), mlp()
+    trainer = strategy(model, plugin, Add())
+    trainer.train(benchmark(tasks=1).train_stream[0], eval_streams=[])
+    assert plugin.tasks == [0]
+    groups = [group["params"] for group in trainer.optimizer.param_groups]
+    assert [len(group) for group in groups] == [len(list(model.parameters())), 1]
+    assert groups[1][0] is extra
 
 
 def test_a_write_to_frozen_weights_is_found_out() -> None:
@@ -853,6 +943,58 @@ def test_state_restores_in_a_fresh_model_and_goes_on_bit_by_bit() -> None:
         CLNPPlugin().load_state_dict(state, conv_head())
 
 
+def test_heads_that_were_only_evaluated_come_back_too(tmp_path: Path) -> None:
+    """Avalanche makes heads of tasks to come when it evaluates them."""
+    bench = benchmark(tasks=3, shape=IMAGE)
+    plugin, model = CLNPPlugin(margin=np.float64(0.1), l1=1e-3), MultiHead()
+    trainer = strategy(model, plugin)
+    trainer.train(bench.train_stream[0], eval_streams=[])
+    trainer.eval(bench.test_stream)
+    assert len(model.classifier.classifiers) == 3
+    torch.save({"plugin": plugin.state_dict(), "model": model.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")  # plain numbers: NumPy's would be refused
+    other, restored = MultiHead(), CLNPPlugin(margin=0.1, l1=1e-3)
+    restored.load_state_dict(state["plugin"], other)
+    other.load_state_dict(state["model"])
+    assert other.classifier.known_train_tasks_labels == {0}
+    x = blobs(0, 9, IMAGE)[0]
+    assert torch.equal(plugin.subnetwork(0)(x), restored.subnetwork(0)(x))
+    # A state from before it was told makes those of learnt tasks.
+    third = MultiHead()
+    del state["plugin"]["avalanche_heads"]
+    CLNPPlugin().load_state_dict(state["plugin"], third)
+    assert list(third.classifier.classifiers) == ["0"]
+
+
+class Skip(MultiTaskModule):
+    """Layer and heads read the network's input beside units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(FEATURES, 24), nn.Linear(24 + FEATURES, 20)
+        self.heads = nn.ModuleList([nn.Linear(20 + FEATURES, CLASSES) for _ in range(3)])
+
+    def forward_single_task(self, x: Tensor, task_label: int) -> Tensor:
+        h = torch.cat([nn.functional.relu(self.a(x)), x], 1)
+        h = torch.cat([nn.functional.relu(self.b(h)), x], 1)
+        return self.heads[task_label](h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("widens", [False, True])
+def test_heads_of_their_own_may_read_the_input(widens: bool) -> None:
+    expand = {"a": (24, 16), "b": (20, 16)} if widens else None
+    plugin = CLNPPlugin(margin=0.2, l1=1e-2, expand=expand)
+    trainer, x, kept = strategy(Skip(), plugin), blobs(0, 9, (FEATURES,))[0], []
+    for task, exp in enumerate(benchmark(tasks=3).train_stream):
+        trainer.train(exp, eval_streams=[])
+        for old, logits in enumerate(kept):
+            assert torch.equal(plugin.subnetwork(old)(x), logits)
+        kept.append(plugin.subnetwork(task)(x))
+        assert_no_interference(plugin)
+    widths = {g.name: g.width for g in plugin.network.layout.groups}
+    assert (widths["a"] > 24) is widens
+
+
 def test_ablation_is_that_of_the_network_without_what_is_not_reused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1058,7 +1200,8 @@ def test_l1_is_a_subgradient_on_free_weights_alone() -> None:
             Incompatible,
             "LBFGS",
         ),
-        (lambda: {"model": torch.compile(mlp())}, Incompatible, "torch.compile"),
+        (lambda: {"model": torch.compile(mlp())}, Incompatible, "the model comes from torch.comp"),
+        (lambda: {"model": compiled()}, Incompatible, "'1' comes from torch.compile"),
         (lambda: {"model": nn.Sequential(nn.Linear(FEATURES, 3))}, UnsupportedNetwork, "no hidden"),
         (
             lambda: {

@@ -165,6 +165,30 @@ def test_logits_that_are_no_numbers_prove_nothing(model: Net, right: Layout) -> 
         prove(model, right, call, torch.randn(EXAMPLE), single_head=True)
 
 
+class Picky(nn.Module):
+    """Takes what isn't negative, or whole numbers, alone."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole, self.a, self.head = whole, nn.Linear(9, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.one_hot(x, 9).float().mean(1) if self.whole else torch.log(x)
+        return self.head(F.relu(self.a(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_network_that_takes_no_noise_is_proved_on_its_own_entries(whole: bool) -> None:
+    model, example = Picky(whole), torch.rand(4, 9) + 0.1
+    if whole:
+        example = torch.randint(9, (4, 7))
+    layout = find_layout(model, call, example)
+    prove(model, layout, call, example, single_head=True)
+    wrong = changed(layout, "a", readers=())
+    with pytest.raises(UnsupportedNetwork):
+        prove(model, wrong, call, example, single_head=True)
+
+
 def test_the_model_and_the_random_numbers_stay(model: Net, right: Layout) -> None:
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = torch.get_rng_state()

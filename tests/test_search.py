@@ -393,6 +393,86 @@ def test_groups_of_parameters_keep_their_ratio() -> None:
     assert [g["lr"] for g in strategy.optimizer.param_groups] == pytest.approx([0.03, 0.06, 0.03])
 
 
+L = torch.optim.lr_scheduler
+WARM: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda o: L.LinearLR(o, start_factor=0.1, total_iters=2),
+    "from zero": lambda o: L.LambdaLR(o, lambda epoch: min(1.0, epoch / 2)),
+    "in turn": lambda o: L.SequentialLR(
+        o, [L.LinearLR(o, 0.1, total_iters=1), L.ExponentialLR(o, 0.5)], [1]
+    ),
+    "chained": lambda o: L.ChainedScheduler(
+        [L.ConstantLR(o, 0.3, total_iters=1), L.ExponentialLR(o, 0.5)]
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", WARM)
+def test_a_schedule_that_warms_up_starts_from_the_rate_of_the_grid(schedule: str) -> None:
+    """The rate of the moment is a share of it, and two groups keep their ratio."""
+
+    def make() -> tuple[Any, CLNPPlugin]:
+        strategy, plugin = learner()
+        first, *others = strategy.model.parameters()
+        strategy.optimizer = torch.optim.SGD(
+            [{"params": [first], "lr": 0.1}, {"params": others, "lr": 0.02}], momentum=0.9
+        )
+        strategy.plugins.append(LRSchedulerPlugin(WARM[schedule](strategy.optimizer)))
+        return strategy, plugin
+
+    experience = benchmark().train_stream[0]
+    plain = make()
+    plain[0].train(experience, eval_streams=[])
+    searched = make()
+    table = search(searched[0], experience, lr=[0.1], eval_streams=[])
+    assert table.lr.tolist() == [0.1]
+    assert_same(plain, searched)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # Avalanche's own
+def test_beside_a_schedule_by_a_metric() -> None:
+    strategy, plugin = learner()
+    schedule = L.ReduceLROnPlateau(strategy.optimizer)
+    strategy.plugins.append(LRSchedulerPlugin(schedule, metric="train_loss"))
+    search(strategy, benchmark().train_stream[0], l1=[1e-3, 1e-2], lr=[0.02], eval_streams=[])
+    assert plugin.tasks == [0]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: L.OneCycleLR(o, max_lr=0.1, total_steps=9),
+        lambda o: L.CyclicLR(o, base_lr=0.01, max_lr=0.1, cycle_momentum=False),
+    ],
+)
+def test_rates_that_no_grid_reaches_are_refused(schedule: Callable[[Any], Any]) -> None:
+    strategy, plugin = learner()
+    strategy.plugins.append(LRSchedulerPlugin(schedule(strategy.optimizer)))
+    experience = benchmark().train_stream[0]
+    with pytest.raises(Incompatible, match=r"(OneCycle|Cyclic)LR sets rates of its own"):
+        search(strategy, experience, lr=[0.1], eval_streams=[])
+    search(strategy, experience, l1=[1e-3], eval_streams=[])
+    assert plugin.tasks == [0]
+
+
+def test_a_first_group_without_a_rate_is_refused() -> None:
+    strategy, plugin = learner()
+    first, *others = strategy.model.parameters()
+    groups = [{"params": [first], "lr": 0.0}, {"params": others, "lr": 0.1}]
+    strategy.optimizer = torch.optim.SGD(groups)
+    with pytest.raises(Incompatible, match="first group of parameters has a learning rate of 0"):
+        search(strategy, benchmark().train_stream[0], lr=[0.1], eval_streams=[])
+    assert plugin.tasks == []
+
+
+def test_one_experience_at_a_time() -> None:
+    strategy, plugin = learner()
+    stream = benchmark().train_stream
+    with pytest.raises(ValueError, match="learns one experience, and this holds 3"):
+        search(strategy, stream, l1=[1e-3])
+    search(strategy, [stream[0]], l1=[1e-3], eval_streams=[])
+    assert plugin.tasks == [0]
+
+
 def test_a_capturable_optimizers_rate_stays_a_tensor() -> None:
     strategy, _ = learner()
     strategy.optimizer = torch.optim.SGD(strategy.model.parameters(), lr=torch.tensor(0.1))

@@ -42,6 +42,12 @@ def conv(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
+def scripted(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has deprecated it; old models are of it
+        return torch.jit.script(layer)  # type: ignore[no-any-return]
+
+
 def supported() -> dict[str, tuple[nn.Module, tuple[int, ...], list[Any]]]:
     """Network, shape of its input, and the groups: writers, norms, readers with repeats."""
     lin = nn.Linear
@@ -505,6 +511,24 @@ def refused() -> dict[str, tuple[nn.Module, tuple[int, ...], str]]:
             nn.Sequential(conv(3, 6), nn.ConvTranspose2d(6, 4, 1), nn.Flatten(), lin(256, 5)),
             IMAGES,
             "layer '1'.*ConvTranspose2d",
+        ),
+        "circular padding of a sequence": (
+            nn.Sequential(
+                *(nn.Conv1d(2, 4, 3), nn.ReLU()),
+                *(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), nn.Flatten(), lin(32, 5)),
+            ),
+            (4, 2, 10),
+            "finds no end of what hangs on a layer's units.*circular padding",
+        ),
+        "local response norm": (
+            nn.Sequential(conv(3, 16), nn.LocalResponseNorm(5), nn.Flatten(), lin(16 * 64, 5)),
+            IMAGES,
+            "finds no end of what hangs on a layer's units.*LocalResponseNorm",
+        ),
+        "a scripted layer": (
+            nn.Sequential(scripted(nn.Sequential(lin(12, 6))), lin(6, 5)),
+            VECTORS,
+            "layer '0' is scripted",
         ),
         "a layer that the tracer loses": (
             Net(lambda m, x: m.b(m.a(x).detach()), a=lin(12, 6), b=lin(6, 5)),
