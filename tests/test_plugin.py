@@ -90,15 +90,19 @@ def blobs(task: int, count: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor
     return places[labels] * 1.5 + torch.randn(count, *shape, generator=generator), labels
 
 
-def experience(task: int, label: int, count: int, shape: tuple[int, ...]) -> AvalancheDataset[Any]:
-    x, y = blobs(task, count, shape)
+def labelled(x: Tensor, y: Tensor, labels: list[int]) -> AvalancheDataset[Any]:
+    """Samples, each of the task of its label."""
     return TaskAwareSupervisedClassificationDataset(
         [TensorDataset(x, y)],
         data_attributes=[
             DataAttribute(y.tolist(), "targets"),
-            DataAttribute([label] * count, "targets_task_labels", use_in_getitem=True),
+            DataAttribute(labels, "targets_task_labels", use_in_getitem=True),
         ],
     )
+
+
+def experience(task: int, label: int, count: int, shape: tuple[int, ...]) -> AvalancheDataset[Any]:
+    return labelled(*blobs(task, count, shape), [label] * count)
 
 
 def benchmark(
@@ -445,13 +449,7 @@ def test_a_batch_of_mixed_labels_is_split() -> None:
             trainer.train(exp, eval_streams=[])
         x, y = blobs(0, 12, shape)
         labels = [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 0]
-        mixed = TaskAwareSupervisedClassificationDataset(
-            [TensorDataset(x, y)],
-            data_attributes=[
-                DataAttribute(y.tolist(), "targets"),
-                DataAttribute(labels, "targets_task_labels", use_in_getitem=True),
-            ],
-        )
+        mixed = labelled(x, y, labels)
         stream = with_classes_timeline(
             with_task_labels(benchmark_from_datasets(mixed=[mixed]))
         ).streams["mixed"]
@@ -466,21 +464,8 @@ def test_a_batch_of_mixed_labels_is_split() -> None:
 def test_a_batch_of_mixed_labels_sees_the_task_in_training() -> None:
     bench, outputs = benchmark(tasks=2), {}
     x, y = blobs(1, 12, (FEATURES,))
-    labels = [0, 1] * 6
-    mixed = TaskAwareSupervisedClassificationDataset(
-        [TensorDataset(x, y)],
-        data_attributes=[
-            DataAttribute(y.tolist(), "targets"),
-            DataAttribute(labels, "targets_task_labels", use_in_getitem=True),
-        ],
-    )
-    alone = TaskAwareSupervisedClassificationDataset(
-        [TensorDataset(x[1::2], y[1::2])],
-        data_attributes=[
-            DataAttribute(y[1::2].tolist(), "targets"),
-            DataAttribute([1] * 6, "targets_task_labels", use_in_getitem=True),
-        ],
-    )
+    mixed = labelled(x, y, [0, 1] * 6)
+    alone = labelled(x[1::2], y[1::2], [1] * 6)
     streams = with_classes_timeline(
         with_task_labels(benchmark_from_datasets(mixed=[mixed], alone=[alone]))
     ).streams
