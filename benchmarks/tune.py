@@ -294,6 +294,10 @@ def _earlier(path: Path, asked: Request, config: dict[str, Any]) -> Tuning | Non
         return None
     before = records.read_tuning(path)
     if before["revision"] != asked.method.revision:
+        print(
+            f"{path} is of revision {before['revision']} of {asked.method.name}, which is at "
+            f"{asked.method.revision}: it is tuned anew, and the file written over."
+        )
         return None
     if wrong := records.disagreements(before["config"], config):
         raise UserError(

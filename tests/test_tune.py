@@ -297,11 +297,14 @@ def test_what_an_earlier_grid_tried_stays_and_counts(
     assert len(starts(tmp_path)) == 4
 
 
-def test_another_revision_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_revision_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tuned(tmp_path, 101)
     with_grid(monkeypatch, *GRID, revision=2)
     _, result = tuned(tmp_path)
     assert (result["revision"], result["seeds"]) == (2, [100])
+    assert "is of revision 1 of made, which is at 2: it is tuned anew" in capsys.readouterr().out
     assert len(result["candidates"]) == 3
     assert len(starts(tmp_path)) == 6
 
