@@ -120,11 +120,11 @@ def heads_of(model: nn.Module) -> dict[str, dict[str, list[int]]]:
     -------
     dict
         By each ``MultiHeadClassifier``'s name and the task's label: outputs, and the length of the
-        mask of active ones.
+        mask of active ones (0: it has none).
     """
     return {
         name: {
-            label: [head.classifier.out_features, len(container._buffers[_mask(label)])]
+            label: [head.classifier.out_features, len(container._buffers.get(_mask(label), ()))]
             for label, head in container.classifiers.items()
         }
         for name, container in model.named_modules()
@@ -183,7 +183,7 @@ def _make_head(
         head.classifier = nn.Linear(container.in_features, outputs, device=device)
     units = container._buffers.get(_mask(label))
     # Which of them are masked, the model's own state knows; without it, none.
-    if units is None or len(units) != mask or not units.any():
+    if mask and (units is None or len(units) != mask or not units.any()):
         container.register_buffer(_mask(label), torch.ones(mask, dtype=torch.int8, device=device))
 
 
