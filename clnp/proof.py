@@ -75,18 +75,27 @@ def prove(
 
 
 def _noise(model: nn.Module, forward: Forward, example: Tensor) -> Tensor:
-    """Random inputs that the network takes."""
-    some = example[:8]
-    if some.is_floating_point():
-        noise = torch.randn(some.shape).to(some)
-        try:
-            taken = bool(torch.isfinite(forward(model, noise)).all())
-        except Exception:  # whatever the user's own forward asks of its input
-            taken = False
-        if taken:
+    """Random inputs that the network takes.
+
+    Raises
+    ------
+    UnsupportedNetwork
+        If it takes no noise, and the example's own entries are all the same: they prove nothing.
+    """
+    some, entries = example[:8], example.flatten()
+    noise = torch.randn(some.shape).to(some)
+    try:
+        if bool(torch.isfinite(forward(model, noise)).all()):
             return noise
-    places = torch.randint(example.numel(), some.shape)
-    return example.flatten()[places.to(example.device)]
+        reason = "gives NaN or infinity"
+    except Exception as error:  # whatever the user's own forward asks of its input
+        reason = f"{type(error).__name__}: {error}"
+    if bool((entries == entries[0]).all()):
+        raise UnsupportedNetwork(
+            f"the network takes no noise as its input ({reason}), and all entries of the example "
+            "are the same, so that nothing can be proved; give the plugin another example_input"
+        )
+    return entries[torch.randint(len(entries), some.shape).to(entries.device)]
 
 
 def _without_tf32() -> AbstractContextManager[None]:

@@ -157,8 +157,7 @@ def search(
     TypeError
         If an alpha or a learning rate is no number.
     ValueError
-        If the grid is empty, or one is out of its range.
-        If there are several experiences.
+        If the grid is empty, a value is out of its range, or there are several experiences.
     Incompatible
         If the strategy has no CLNP plugin or can't be copied, or if a schedule sets rates that
         don't start from the optimizer's and learning rates are to be tried.

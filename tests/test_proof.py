@@ -187,6 +187,27 @@ def test_a_network_that_takes_no_noise_is_proved_on_its_own_entries(whole: bool)
     wrong = changed(layout, "a", readers=())
     with pytest.raises(UnsupportedNetwork):
         prove(model, wrong, call, example, single_head=True)
+    # Entries that are all the same would hide what is wrong.
+    with pytest.raises(UnsupportedNetwork, match="all entries of the example are the same"):
+        prove(model, layout, call, torch.ones_like(example), single_head=True)
+
+
+def test_an_empty_example_of_whole_numbers_hides_nothing() -> None:
+    """A network that takes any whole number is proved on noise, not on the zeros that it got."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(9, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x.float())
+            return self.head(h + x[:, : h.shape[1]])  # type: ignore[no-any-return]
+
+    model, example = Whole(), torch.zeros(4, 9, dtype=torch.int64)
+    layout = find_layout(model, call, example)
+    with pytest.raises(UnsupportedNetwork, match="'a' can't be reordered"):
+        prove(model, layout, call, example, single_head=True)
 
 
 def test_the_model_and_the_random_numbers_stay(model: Net, right: Layout) -> None:
