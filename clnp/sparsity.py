@@ -79,7 +79,7 @@ extern "C" void add_signs(const float* w, float* g, int64_t n, float alpha, int 
 
 
 @cache
-def _one_pass() -> Callable[[Tensor, Tensor, float], None] | None:
+def one_pass() -> Callable[[Tensor, Tensor, float], None] | None:
     """Give the function that adds alpha·sign(w) to a gradient, both float32 on a CPU, in one pass.
 
     torch has no operation for it. By its own, sign and sum, it takes two passes and, in a step,
@@ -155,7 +155,7 @@ class L1:
             for leaf, alpha, part in parts
         ]
         entries = sum(leaf.numel() for leaf, _, _ in parts if _is_plain(leaf))
-        self._in_one_pass = entries >= ONE_PASS_FROM and _one_pass() is not None
+        self._in_one_pass = entries >= ONE_PASS_FROM and one_pass() is not None
 
     @torch.no_grad()
     def add_to_gradients(self) -> None:
@@ -163,7 +163,7 @@ class L1:
         for leaf, alpha, signs in self._terms:
             if leaf.grad is None:
                 continue
-            add = _one_pass() if self._in_one_pass and _is_plain(leaf) else None
+            add = one_pass() if self._in_one_pass and _is_plain(leaf) else None
             if add is not None and _is_plain(leaf.grad):
                 add(leaf, leaf.grad, alpha)
                 continue

@@ -85,7 +85,7 @@ def test_one_pass_gives_the_bits_of_torchs_operations(
 
 
 def test_small_networks_wait_for_no_compiler(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sparsity, "_one_pass", None)
+    monkeypatch.setattr(sparsity, "one_pass", None)
     L1(weights(), ALPHAS).add_to_gradients()
 
 
@@ -97,7 +97,7 @@ def test_without_a_compiler_torchs_operations_do_it(
 
     codecache = pytest.importorskip("torch._inductor.codecache")
     monkeypatch.setattr(codecache.CppCodeCache, "load", missing)
-    monkeypatch.setattr(sparsity, "_one_pass", sparsity._one_pass.__wrapped__)
+    monkeypatch.setattr(sparsity, "one_pass", sparsity.one_pass.__wrapped__)
     monkeypatch.setattr(sparsity, "ONE_PASS_FROM", 1)
     caplog.set_level("INFO", "clnp.sparsity")
     leaf = nn.Parameter(torch.randn(3, 2))

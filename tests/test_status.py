@@ -241,6 +241,14 @@ def test_records_are_held_to_todays_meaning(
     assert "damaged" in findings()[0].text
 
 
+def test_a_cpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "one_pass", lambda: None)
+    assert words(doctor.devices()) == ["ok", "warning"]
+    monkeypatch.setattr(doctor, "one_pass", lambda: print)
+    assert words(doctor.devices()) == ["ok"]
+
+
 def test_doctor_as_a_user_types_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
