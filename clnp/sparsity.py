@@ -1,9 +1,15 @@
 """L1 on the weights in training: what makes a task need few units (paper, Sec. 2.2)."""
 
 import logging
+import os
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -78,45 +84,71 @@ extern "C" void add_signs(const float* w, float* g, int64_t n, float alpha, int 
 """
 
 
-@cache
-def one_pass() -> Callable[[Tensor, Tensor, float], None] | None:
-    """Give the function that adds alpha·sign(w) to a gradient, both float32 on a CPU, in one pass.
+OnePass = Callable[[Tensor, Tensor, float], None]
+"""Adds alpha·sign(w) to the gradient of w: (w, gradient, alpha)."""
+
+
+def compile_one_pass() -> OnePass:
+    """Compile L1 in one pass over weights and gradients (float32, on a CPU); a tenth of a second.
 
     torch has no operation for it. By its own, sign and sum, it takes two passes and, in a step,
-    2.5 times as long; torch.compile makes one of them, but to enter what it made takes 0.4 ms
-    (reports/trials/pmnist_l1_cost.csv). The results are the same bit by bit.
+    three times as long; torch.compile makes one of them, but to enter what it made costs half as
+    much again (reports/trials/pmnist_l1_cost.csv). The results are the same bit by bit.
 
-    Returns
-    -------
-    callable or None
-        None where nothing can be compiled (no C++ compiler, another torch).
+    Raises
+    ------
+    OSError
+        If there is no C++ compiler (``CXX``, ``g++``, ``clang++``), or it fails.
     """
-    try:
-        # What torch.compile builds its own kernels with: it finds the compiler, keeps what it has
-        # built for later processes, and locks it. Some 10 seconds the first time on a machine.
-        from torch._inductor.codecache import CppCodeCache
-
-        # Its own kernels have vectors written out, so that it leaves them to no loop.
-        flags = ("-ftree-loop-vectorize",)
-        add_signs = CppCodeCache.load(_SOURCE, extra_flags=flags).add_signs
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        logging.getLogger(__name__).info("L1 isn't compiled, which costs time only: %s", reason)
-        return None
+    found = (shutil.which(name) for name in ("g++", "clang++"))
+    compiler = os.environ.get("CXX") or next(filter(None, found), None)
+    if compiler is None:
+        raise OSError("no C++ compiler (CXX, g++, clang++)")
+    options = ["-x", "c++", "-", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o"]
+    # Each process makes its own: nothing that another one has left half written is ever loaded.
+    with TemporaryDirectory(prefix="clnp-", ignore_cleanup_errors=True) as folder:
+        library = str(Path(folder, "l1.so"))
+        command = [*shlex.split(compiler), *options, library]
+        try:
+            subprocess.run(
+                command, input=_SOURCE, text=True, capture_output=True, check=True, timeout=60
+            )
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"{compiler} fails: {error.stderr.strip()[-200:]}") from error
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"{compiler} takes more than a minute") from error
+        add_signs = CDLL(library).add_signs
     add_signs.argtypes = c_void_p, c_void_p, c_int64, c_float, c_int
     add_signs.restype = None
 
     def add(weight: Tensor, gradient: Tensor, alpha: float) -> None:
         where, entries = (weight.data_ptr(), gradient.data_ptr()), weight.numel()
         add_signs(*where, entries, alpha, torch.get_num_threads())
+        torch.autograd.graph.increment_version(gradient)
 
     return add
 
 
+@cache
+def _one_pass() -> OnePass | None:
+    try:
+        return compile_one_pass()
+    except OSError as error:
+        logging.getLogger(__name__).info("L1 isn't compiled, which costs time only: %s", error)
+        return None
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is float32 numbers on a CPU, row after row."""
-    dense = tensor.layout == torch.strided and tensor.is_contiguous()
-    return dense and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    """Whether a tensor is float32 numbers on a CPU, at its address, row after row."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and tensor.data_ptr() != 0  # of one without memory
+    )
 
 
 class L1:
@@ -155,7 +187,7 @@ class L1:
             for leaf, alpha, part in parts
         ]
         entries = sum(leaf.numel() for leaf, _, _ in parts if _is_plain(leaf))
-        self._in_one_pass = entries >= ONE_PASS_FROM and one_pass() is not None
+        self._in_one_pass = entries >= ONE_PASS_FROM and _one_pass() is not None
 
     @torch.no_grad()
     def add_to_gradients(self) -> None:
@@ -163,7 +195,7 @@ class L1:
         for leaf, alpha, signs in self._terms:
             if leaf.grad is None:
                 continue
-            add = one_pass() if self._in_one_pass and _is_plain(leaf) else None
+            add = _one_pass() if self._in_one_pass and _is_plain(leaf) else None
             if add is not None and _is_plain(leaf.grad):
                 add(leaf, leaf.grad, alpha)
                 continue

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from clnp import sparsity
 from clnp.sparsity import L1
@@ -64,46 +66,77 @@ def test_layers_of_two_types_have_each_their_own_signs():
         assert torch.equal(leaf.grad, ALPHAS[name] * leaf.detach().sign())
 
 
-@pytest.mark.skipif(not COMPILER, reason="no C++ compiler: L1 goes by torch's own operations")
-@pytest.mark.parametrize("entries", [1, 15, 16, 17, 1000, 100_003])
-def test_one_pass_gives_the_bits_of_torchs_operations(
-    entries: int, monkeypatch: pytest.MonkeyPatch
-):
-    # Rows of a larger matrix: what comes before and after them must stay as it is.
-    matrix, gradients = torch.randn(entries + 40), torch.randn(entries + 40)
-    matrix[20:25] = torch.tensor([0.0, -0.0, 1e-30, -1e-30, torch.inf])
-    expected = gradients.clone()
-    rows = slice(20, 20 + entries)
-    expected[rows].add_(torch.sign(matrix[rows]), alpha=1.7e-5)
-    leaf = nn.Parameter(matrix[rows].view(-1, 1))
-    leaf.grad = gradients[rows].view(-1, 1)
-    # By nothing else than the compiled loop.
+@pytest.fixture
+def one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its size, a network's L1 goes by the compiled loop alone."""
+    if not COMPILER:
+        pytest.skip("no C++ compiler: L1 goes by torch's own operations")
     monkeypatch.setattr(sparsity, "ONE_PASS_FROM", 1)
     monkeypatch.setattr(torch, "sign", None)
+
+
+@pytest.mark.parametrize("entries", [15, 16, 17, 1000, 100_003])
+def test_one_pass_gives_the_bits_of_torchs_operations(entries: int, request: pytest.FixtureRequest):
+    # Rows of a larger matrix: what comes before and after them must stay as it is.
+    weights, gradients = torch.randn(entries + 40), torch.randn(entries + 40)
+    weights[20:30] = torch.tensor([0.0, -0.0, 1e-30, -1e-30, torch.inf, -torch.inf] + 4 * [0.5])
+    weights[30:32] = torch.tensor([0.0, 0.0])
+    gradients[28:32] = torch.tensor([torch.nan, torch.inf, -0.0, 0.0])
+    expected = gradients.clone()
+    rows = slice(20, 20 + entries)
+    expected[rows].add_(torch.sign(weights[rows]), alpha=1.7e-5)
+    leaf = nn.Parameter(weights[rows].view(-1, 1))
+    leaf.grad = gradients[rows].view(-1, 1)
+    version = leaf.grad._version
+    request.getfixturevalue("one_pass")
     L1({"fc": leaf}, {"fc": 1.7e-5}).add_to_gradients()
-    assert torch.equal(gradients, expected)
+    assert torch.equal(gradients.view(torch.int32), expected.view(torch.int32))
+    assert leaf.grad._version > version  # for autograd, as after any change
+
+
+def test_one_pass_leaves_alone_what_isnt_numbers_at_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sparsity, "ONE_PASS_FROM", 1)
+    leaf = nn.Parameter(torch.randn(30, 2))
+    numbers = torch.randn(30, 2)
+    leaf.grad = torch._neg_view(numbers)  # is the negative of what its memory holds
+    expected = -numbers + 0.25 * leaf.detach().sign()
+    L1({"fc": leaf}, ALPHAS).add_to_gradients()
+    assert torch.equal(leaf.grad, expected)
+    for odd in (FakeTensorMode(), torch.device("meta")):
+        with odd:
+            leaf = nn.Parameter(torch.randn(30, 2))
+            leaf.grad = torch.randn(30, 2)
+            L1({"fc": leaf}, ALPHAS).add_to_gradients()
 
 
 def test_small_networks_wait_for_no_compiler(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sparsity, "one_pass", None)
+    monkeypatch.setattr(sparsity, "compile_one_pass", None)
+    monkeypatch.setattr(sparsity, "_one_pass", sparsity._one_pass.__wrapped__)
     L1(weights(), ALPHAS).add_to_gradients()
 
 
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        ("", "no C++ compiler (CXX, g++, clang++)"),
+        (sys.executable, f"{sys.executable} fails: "),
+        (f"{sys.executable} -c pass", "l1.so"),  # ends well, and makes nothing
+    ],
+)
 def test_without_a_compiler_torchs_operations_do_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    compiler: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def missing(*_: object, **__: object) -> None:
-        raise RuntimeError("No working C++ compiler found\nand much more")
-
-    codecache = pytest.importorskip("torch._inductor.codecache")
-    monkeypatch.setattr(codecache.CppCodeCache, "load", missing)
-    monkeypatch.setattr(sparsity, "one_pass", sparsity.one_pass.__wrapped__)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sparsity, "_one_pass", sparsity._one_pass.__wrapped__)
     monkeypatch.setattr(sparsity, "ONE_PASS_FROM", 1)
     caplog.set_level("INFO", "clnp.sparsity")
     leaf = nn.Parameter(torch.randn(3, 2))
     leaf.grad = torch.zeros_like(leaf)
     L1({"fc": leaf}, ALPHAS).add_to_gradients()
     assert torch.equal(leaf.grad, ALPHAS["fc"] * leaf.detach().sign())
-    assert caplog.messages == [
-        "L1 isn't compiled, which costs time only: No working C++ compiler found"
-    ]
+    (message,) = caplog.messages
+    assert message.startswith("L1 isn't compiled, which costs time only: ")
+    assert said in message

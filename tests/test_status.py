@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -243,9 +244,11 @@ def test_records_are_held_to_todays_meaning(
 
 def test_a_cpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor, "one_pass", lambda: None)
-    assert words(doctor.devices()) == ["ok", "warning"]
-    monkeypatch.setattr(doctor, "one_pass", lambda: print)
+    monkeypatch.setenv("CXX", sys.executable)  # refuses what a compiler takes
+    first, second = doctor.devices()
+    assert (first.word, second.word) == ("ok", "warning")
+    assert f"{sys.executable} fails" in second.text
+    monkeypatch.setattr(doctor, "compile_one_pass", lambda: None)
     assert words(doctor.devices()) == ["ok"]
 
 

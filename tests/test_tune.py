@@ -21,13 +21,14 @@ from benchmarks import records, tune
 from benchmarks.__main__ import main
 from benchmarks.cell import Cell
 from benchmarks.errors import UserError
-from benchmarks.experiment import canonical
+from benchmarks.experiment import Experiment, canonical
 from benchmarks.learners import Learner, Settings, Setup
 from benchmarks.methods import METHODS, Method
 from benchmarks.pmnist import PermutedMNIST
 from benchmarks.quickstart import Quickstart
 from benchmarks.reporting import tables
 from benchmarks.resume import load_state
+from benchmarks.split_cifar import SplitCIFAR
 from benchmarks.states import STATE
 from benchmarks.tracking import Tracker
 
@@ -470,20 +471,25 @@ def test_a_grid_is_small_and_without_repetition(method: str) -> None:
         assert {type(settings) for settings in grid} == {type(METHODS[method].settings[preset])}
 
 
-def steps_a_task(settings: Settings) -> int:
-    """Of training on permuted MNIST: 50,000 images."""
-    experiment = PermutedMNIST()
-    batches = -(-50_000 // (settings.batch_size or experiment.batch_size))
+def steps_a_task(settings: Settings, experiment: Experiment, images: int) -> int:
+    """Of training on so many images."""
+    batches = -(-images // (settings.batch_size or experiment.batch_size))
     return (settings.epochs or experiment.epochs) * batches
 
 
+@pytest.mark.parametrize(
+    ("experiment", "images", "clnp", "most"),
+    [(PermutedMNIST(), 50_000, "clnp", 11_760), (SplitCIFAR(), 45_000, "clnp_m2", 10_560)],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_trains_longer_than_clnp(method: str) -> None:
-    most = steps_a_task(METHODS["clnp"].settings["pmnist"])
-    found = METHODS[method]
-    own = [found.settings["pmnist"]] if "pmnist" in found.settings else []
-    for settings in (*own, *found.grid.get("pmnist", ())):
-        assert steps_a_task(settings) <= most == 11_760
+def test_no_method_trains_longer_than_clnp(
+    method: str, experiment: Experiment, images: int, clnp: str, most: int
+) -> None:
+    preset, found = experiment.preset, METHODS[method]
+    assert steps_a_task(METHODS[clnp].settings[preset], experiment, images) == most
+    own = [found.settings[preset]] if preset in found.settings else []
+    for settings in (*own, *found.grid.get(preset, ())):
+        assert steps_a_task(settings, experiment, images) <= most
 
 
 @pytest.mark.parametrize("preset", ["pmnist", "quickstart"])

@@ -88,7 +88,9 @@ def _tables(
     headline: list[Table] = []
     details: list[Table | None] = []
     if cells or beside:
-        headline.append(tables.main_table(cells, beside, tunings))
+        table = tables.main_table(cells, beside, tunings)
+        chosen = (target or {}).get("chosen")  # settings by hand, where there is no grid
+        headline.append(replace(table, notes=(*table.notes, chosen)) if chosen else table)
     if target and "claims" in target:
         headline.append(claims.claims_table(target, cells))
     if cells:
