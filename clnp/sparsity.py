@@ -20,8 +20,8 @@ CPU_PART, GPU_PART = 2**19, 2**20
 """Entries handled at once: on a CPU their signs stay in the cache (smaller parts cost more in calls
 than they save: reports/trials/pmnist_l1_cost.csv); on a GPU they take 4 MB."""
 
-ONE_PASS_FROM = 2**20
-"""Entries on a CPU from which on they are handled in one pass: fewer don't wait for memory."""
+ONE_PASS_FROM = 2**16
+"""Entries on a CPU from which on a loop is compiled for them: with fewer a step costs little."""
 
 Alphas = float | Sequence[float] | Mapping[str, float]
 """alpha: one for all layers, one for each in forward order (the head last), or by name."""
