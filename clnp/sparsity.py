@@ -104,11 +104,15 @@ def compile_one_pass() -> OnePass:
     compiler = os.environ.get("CXX") or next(filter(None, found), None)
     if compiler is None:
         raise OSError("no C++ compiler (CXX, g++, clang++)")
+    try:
+        command = shlex.split(compiler)
+    except ValueError as error:
+        raise OSError(f"CXX is no command: {compiler}") from error
     options = ["-x", "c++", "-", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o"]
     # Each process makes its own: nothing that another one has left half written is ever loaded.
     with TemporaryDirectory(prefix="clnp-", ignore_cleanup_errors=True) as folder:
         library = str(Path(folder, "l1.so"))
-        command = [*shlex.split(compiler), *options, library]
+        command += [*options, library]
         try:
             subprocess.run(
                 command, input=_SOURCE, text=True, capture_output=True, check=True, timeout=60

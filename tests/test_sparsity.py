@@ -122,6 +122,7 @@ def test_small_networks_wait_for_no_compiler(monkeypatch: pytest.MonkeyPatch):
     [
         ("", "no C++ compiler (CXX, g++, clang++)"),
         (sys.executable, f"{sys.executable} fails: "),
+        ("g++ '", "CXX is no command: g++ '"),
         (f"{sys.executable} -c pass", "l1.so"),  # ends well, and makes nothing
     ],
 )
