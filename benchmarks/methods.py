@@ -1030,7 +1030,7 @@ METHODS: dict[str, Method[Any]] = {
                     HATSettings(epochs=25),  # smax and lamb of the authors
                     HATSettings(epochs=25, embedding_lr=0.01),
                     HAT_PMNIST,
-                    dataclasses.replace(HAT_PMNIST, epochs=40),
+                    dataclasses.replace(HAT_PMNIST, lamb=0.1),
                 ),
                 **dict.fromkeys(
                     _NARROW,
