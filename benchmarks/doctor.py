@@ -21,7 +21,7 @@ from benchmarks.experiment import Experiment
 from benchmarks.methods import METHODS
 from benchmarks.precision import bf16_kernels
 from benchmarks.tracking import logged_in
-from clnp.sparsity import compile_one_pass
+from clnp.one_pass import compile_one_pass
 
 SPACE = 5 * 2**30
 """Free bytes below which a long run is at risk: resume states and W&B's files."""

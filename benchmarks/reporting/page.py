@@ -89,7 +89,7 @@ def _tables(
     details: list[Table | None] = []
     if cells or beside:
         table = tables.main_table(cells, beside, tunings)
-        chosen = (target or {}).get("chosen")  # settings by hand, where there is no grid
+        chosen = (target or {}).get("chosen")  # what settings were held to, beside the grids
         headline.append(replace(table, notes=(*table.notes, chosen)) if chosen else table)
     if target and "claims" in target:
         headline.append(claims.claims_table(target, cells))

@@ -432,8 +432,7 @@ def tuning_table(tunings: Sequence[Tuning], untuned: Sequence[str] = ()) -> Tabl
     if budgets:
         told = (f"{', '.join(methods)}: {budget}" for budget, methods in budgets.items())
         notes.append(
-            f"Budget: {'; '.join(told)}. Each method is trained by its own recipe, for at most as "
-            "many steps a task as CLNP. A grid has up to 4 configurations, over the first 3 "
+            f"Budget: {'; '.join(told)}. A grid has up to 4 configurations, over the first 3 "
             "tasks; over all tasks where 3 can't tell, since penalties stiffen, or units or a "
             "memory run out, with the number of tasks. A method with more of them, or that is "
             "named more than once, has had an earlier grid as well, so that more of it was tried "
